@@ -1,0 +1,449 @@
+"""How every benchmark here measures, and the row it leaves in benchmarks/results/<machine>.jsonl.
+
+A benchmark file is a list of `Case`s, a `prepare(case)` that yields `Prepared` providers, and `harness.main`:
+
+    python benchmarks/bench_x.py              measure every case and append its rows
+    python benchmarks/bench_x.py --list       print the identity of every row it would write, one JSON a line
+    python benchmarks/bench_x.py --case KEY   only this case (may be repeated)
+    pytest benchmarks/bench_x.py --benchmark-only
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[1]
+STATUSES = ("ok", "timeout", "error", "unavailable")
+# One sample lasts at least this long: 1 ms is 1,000 times the resolution of a CUDA event or of perf_counter.
+SAMPLE_SECONDS = 1e-3
+MIN_SAMPLES = 5
+CAP_SECONDS = 60.0
+
+
+# ---- what a row holds ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing measured with several providers in the same run. sizes must be JSON scalars; they name the case."""
+
+    benchmark: str
+    sizes: Mapping[str, int | float | str]
+    dtype: str
+    device: str
+    providers: tuple[str, ...]
+    threads: int = 1
+
+    @property
+    def key(self) -> str:
+        return _key(self.benchmark, self.sizes, self.dtype, self.device, self.threads)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of benchmarks/results/<machine>.jsonl. Times are seconds per call; None where not measured."""
+
+    schema: int
+    benchmark: str
+    provider: str
+    case: Mapping[str, int | float | str]
+    dtype: str
+    device: str  # "cpu" or "cuda": where the timed work ran
+    device_name: str  # the processor's or the GPU's name
+    threads: int
+    status: str  # one of STATUSES
+    reason: str | None  # why, where status is not "ok"
+    samples: int
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    bytes: int | None  # moved per call, each byte counted once read and once written
+    flops: int | None  # per call
+    floor_seconds: float | None  # the time this machine cannot beat for one call
+    fraction_of_floor: float | None  # floor_seconds / p50: 1 is perfect
+    rival: str | None  # a provider measured in turn with this one
+    ratio: float | None  # the rival's p50 / this p50: above 1 is faster than the rival
+    machine: str
+    cpu: str
+    cores: int
+    gpu: str | None
+    versions: Mapping[str, str | None]
+    commit: str | None  # None outside a checkout
+    dirty: bool | None
+    date: str  # UTC, ISO 8601
+
+    @property
+    def case_key(self) -> str:
+        return _key(self.benchmark, self.case, self.dtype, self.device, self.threads)
+
+    @property
+    def key(self) -> str:
+        """What makes two rows measurements of the same thing (on one machine)."""
+        return f"{self.case_key}/{self.provider}"
+
+
+def _key(benchmark: str, sizes: Mapping[str, Any], dtype: str, device: str, threads: int) -> str:
+    return f"{benchmark}/{','.join(f'{k}={v}' for k, v in sorted(sizes.items()))}/{dtype}/{device}/{threads}"
+
+
+def append(path: Path, row: Row) -> None:
+    """Add one line and force it to disk at once, so that a killed run keeps every row it finished."""
+    if row.status not in STATUSES:
+        raise ValueError(f"append: expected status in {STATUSES}, got {row.status!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(row)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a results file, oldest first; [] where there is none. ValueError for another schema."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        fields = json.loads(line)
+        if fields.get("schema") != SCHEMA:
+            raise ValueError(f"{path}:{number}: expected schema {SCHEMA}, got {fields.get('schema')}")
+        rows.append(Row(**fields))
+    return rows
+
+
+def results_path() -> Path:
+    """benchmarks/results/<machine>.jsonl; the environment variable FASTLATENT_RESULTS names another folder."""
+    folder = os.environ.get("FASTLATENT_RESULTS") or ROOT / "benchmarks" / "results"
+    return Path(folder) / f"{machine()}.jsonl"
+
+
+def machine() -> str:
+    """A slug for the machine: "nvidia-h200" where there is a GPU, else "cpu-2core-amd-epyc"."""
+    name = gpu_name() or f"cpu {cpu_cores()}core {cpu_name()}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def gpu_name() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def cpu_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def cpu_name() -> str:
+    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    name = match[1] if match else platform.machine()
+    return re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|\bProcessor\b|@.*|\d+-Core", "", name).strip()
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """The fields of a row that describe where and with what it was measured."""
+    gpu = gpu_name()
+    return {
+        "machine": machine(),
+        "cpu": cpu_name(),
+        "cores": cpu_cores(),
+        "gpu": gpu,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "triton", "numpy", "fastlatent")},
+        },
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if (status := _git("status", "--porcelain", "-uno")) is None else status != "",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*args: str) -> str | None:
+    try:
+        result = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+# ---- timing ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles of the seconds one call took, over `samples` samples of one or more calls each."""
+
+    p20: float
+    p50: float
+    p80: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one provider: a timing, or the reason why there is none."""
+
+    status: str
+    reason: str | None = None
+    timing: Timing | None = None
+
+
+class Unavailable(Exception):  # noqa: N818  (a state, not a fault)
+    """Raised by a provider that cannot run here; its message says why."""
+
+
+class TimeLimitExceeded(BaseException):  # not an Exception: torch.compile must not catch it
+    """Raised in the main thread by `time_limit`."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeLimitExceeded in the block after `seconds`, and every second again until it leaves the block.
+
+    Main thread only. Python delivers the signal between two bytecodes: a call that stays in C is interrupted
+    only when it returns (the wait for a compiler's process returns at once; one long LLVM run does not).
+    It is repeated because libraries swallow an exception raised inside a callback or __del__.
+    """
+
+    def on_alarm(*_: object) -> None:
+        raise TimeLimitExceeded(f"longer than {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _sample(function: Callable[[], object], device: str, calls: int) -> float:
+    """Seconds per call over `calls` calls in a row."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) / calls
+
+
+def _calls_per_sample(function: Callable[[], object], device: str) -> int:
+    seconds = _sample(function, device, 1)
+    seconds = min(seconds, _sample(function, device, 3))  # the first call may still have been warming up
+    return max(1, min(1000, round(SAMPLE_SECONDS / max(seconds, 1e-9))))
+
+
+def _quantiles(samples: Sequence[float]) -> Timing:
+    if len(samples) == 1:
+        return Timing(samples[0], samples[0], samples[0], 1)
+    cuts = statistics.quantiles(samples, n=10, method="inclusive")
+    return Timing(cuts[1], cuts[4], cuts[7], len(samples))
+
+
+def measure(
+    function: Callable[[], object],
+    *,
+    device: str,
+    min_seconds: float = 0.5,
+    max_samples: int = 200,
+    setup: Callable[[], object] | None = None,
+) -> Timing:
+    """Time `function` after one untimed call.
+
+    Args:
+        device: "cuda" times with events (the launch of a kernel counts where it is slower than the kernel: capture
+            a graph to leave it out), "cpu" with perf_counter.
+        min_seconds: sample for this long, but at least 5 samples and at most max_samples.
+        setup: run untimed before each sample; a sample is then a single call. Without it, short calls are timed
+            several at a time. Either way, rotating inputs so that a cache holds what it would in use is the caller's.
+    """
+    if setup is not None:
+        setup()
+    function()
+    calls = 1 if setup is not None else _calls_per_sample(function, device)
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while len(samples) < max_samples and (len(samples) < MIN_SAMPLES or time.perf_counter() - begin < min_seconds):
+        if setup is not None:
+            setup()
+        samples.append(_sample(function, device, calls))
+    return _quantiles(samples)
+
+
+def interleave(
+    providers: Mapping[str, Callable[[], Callable[[], object]]],
+    *,
+    device: str,
+    min_seconds: float = 0.5,
+    max_samples: int = 200,
+    cap_seconds: float = CAP_SECONDS,
+) -> dict[str, Outcome]:
+    """Time providers in turn, A B A B, so that a drift of clocks or neighbours meets all of them alike.
+
+    Args:
+        providers: name -> a factory of the function to time. The factory and the first two calls (where
+            torch.compile, Triton and graph capture do their work) together may take cap_seconds; after that the
+            provider is abandoned as "timeout". ModuleNotFoundError and Unavailable make it "unavailable", any
+            other exception "error"; the rest go on.
+        min_seconds: per provider, as in `measure`.
+    """
+    outcomes: dict[str, Outcome] = {}
+    ready: dict[str, tuple[Callable[[], object], int]] = {}
+    for name, factory in providers.items():
+        try:
+            with time_limit(cap_seconds):
+                function = factory()
+                function()
+                ready[name] = function, _calls_per_sample(function, device)
+        except TimeLimitExceeded as limit:
+            torch._dynamo.reset()  # an abandoned compilation leaves half-built guards
+            outcomes[name] = Outcome("timeout", f"warm-up took {limit}")
+        except (ModuleNotFoundError, Unavailable) as error:
+            outcomes[name] = Outcome("unavailable", _one_line(error))
+        except Exception as error:  # one broken rival must not cost the other rows
+            outcomes[name] = Outcome("error", _one_line(error))
+    samples: dict[str, list[float]] = {name: [] for name in ready}
+    begin = time.perf_counter()
+    rounds = 0
+    while ready and rounds < max_samples:
+        if rounds >= MIN_SAMPLES and time.perf_counter() - begin > min_seconds * len(ready):
+            break
+        for name, (function, calls) in ready.items():
+            samples[name].append(_sample(function, device, calls))
+        rounds += 1
+    outcomes.update({name: Outcome("ok", timing=_quantiles(times)) for name, times in samples.items()})
+    return {name: outcomes[name] for name in providers}
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+# ---- running a benchmark file ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare(case)` yields. A byte or flop counts once per unit; one call of a function does `units` of them."""
+
+    providers: Mapping[str, Callable[[], Callable[[], object]]]
+    bytes: int | None = None
+    flops: int | None = None
+    floor: float | str | None = None  # seconds per unit, or the provider whose p50 is the floor
+    rival: str | None = None
+    units: int = 1  # e.g. the nodes of the graph that one call replays
+
+
+def row(case: Case, provider: str, outcome: Outcome) -> Row:
+    """A row with its environment and no derived numbers."""
+    timing = outcome.timing
+    return Row(
+        SCHEMA, case.benchmark, provider, dict(case.sizes), case.dtype, case.device,
+        (gpu_name() or "none") if case.device == "cuda" else cpu_name(), case.threads, outcome.status, outcome.reason,
+        timing.samples if timing else 0, timing and timing.p20, timing and timing.p50, timing and timing.p80,
+        None, None, None, None, None, None,
+        **environment(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def rows_of(case: Case, prepared: Prepared, outcomes: Mapping[str, Outcome]) -> list[Row]:
+    """One row per provider, times per unit, with floor and ratio filled in."""
+    if set(prepared.providers) != set(case.providers):
+        raise ValueError(f"{case.key}: expected providers {case.providers}, got {tuple(prepared.providers)}")
+    n = prepared.units
+    timings = {
+        name: Timing(o.timing.p20 / n, o.timing.p50 / n, o.timing.p80 / n, o.timing.samples)
+        for name, o in outcomes.items()
+        if o.timing
+    }
+    floor, rival = prepared.floor, prepared.rival
+    floor_seconds = (timings[floor].p50 if floor in timings else None) if isinstance(floor, str) else floor
+    rows = []
+    for name, outcome in outcomes.items():
+        timing = timings.get(name)
+        against = timings.get(rival) if rival is not None and rival != name else None
+        rows.append(
+            replace(
+                row(case, name, replace(outcome, timing=timing)),
+                bytes=prepared.bytes,
+                flops=prepared.flops,
+                floor_seconds=floor_seconds,
+                fraction_of_floor=floor_seconds / timing.p50 if timing and floor_seconds else None,
+                rival=rival if rival != name else None,
+                ratio=against.p50 / timing.p50 if timing and against else None,
+            )
+        )
+    return rows
+
+
+def describe(row: Row) -> str:
+    """One printed line: time, rate, floor, ratio."""
+    head = f"{row.case_key}/{row.provider:24s}"
+    if row.p50 is None:
+        return f"{head} {row.status}: {row.reason}"
+    text = f"{head} {row.p50 * 1e6:12.2f} us [{row.p20 * 1e6:.2f}, {row.p80 * 1e6:.2f}]"
+    text += f" {row.bytes / row.p50 / 1e9:8.1f} GB/s" if row.bytes else ""
+    text += f" {row.flops / row.p50 / 1e12:8.1f} TFLOP/s" if row.flops else ""
+    text += f" {row.fraction_of_floor:6.1%} of floor" if row.fraction_of_floor is not None else ""
+    return text + (f" {row.ratio:6.2f}x {row.rival}" if row.ratio is not None else "")
+
+
+def main(
+    cases: Sequence[Case],
+    prepare: Callable[[Case], AbstractContextManager[Prepared]],
+    argv: Sequence[str] | None = None,
+) -> list[Row]:
+    """The command line of a benchmark file (module docstring). Returns the rows written."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--list", action="store_true", help="print row identities and exit")
+    parser.add_argument("--case", action="append", metavar="KEY", help="only this case; may be repeated")
+    parser.add_argument("--seconds", type=float, default=0.5, help="sampling time per provider and case")
+    args = parser.parse_args(argv)
+    if args.case and (unknown := set(args.case) - {case.key for case in cases}):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; see --list")
+    chosen = [case for case in cases if not args.case or case.key in args.case]
+    if args.list:
+        for case in chosen:
+            for provider in case.providers:
+                print(json.dumps({"key": f"{case.key}/{provider}", "case_key": case.key, "provider": provider}
+                                 | {name: value for name, value in asdict(case).items() if name != "providers"}))  # fmt: skip
+        return []
+    path = results_path()
+    print(f"{platform.python_version()} torch {torch.__version__} -> {path}", file=sys.stderr)
+    written = []
+    for case in chosen:
+        with prepare(case) as prepared:
+            outcomes = interleave(prepared.providers, device=case.device, min_seconds=args.seconds)
+        for new in rows_of(case, prepared, outcomes):
+            append(path, new)
+            print(describe(new), flush=True)
+            written.append(new)
+    return written

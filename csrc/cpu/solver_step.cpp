@@ -1,0 +1,66 @@
+#include "../dtype.h"
+
+#include <cmath>
+
+namespace {
+
+// Columns of the coefficient row, as in fastlatent/ops/solver_step.py.
+enum Column { P, Q, R, A, F, B, C, D, E, S, L0, L1, BASE };
+
+// The order of operations is the reference's, so that without fused multiply-adds both give the same bits.
+template <class T, class O>
+void solver_step(T* state, const O* output, const T* guidance, const T* row, const T* noise, int64_t ways,
+                 int64_t batch, int64_t channels, int64_t out_channels) {
+  // A local copy cannot alias the state, so it stays in registers.
+  T k[BASE + 1];
+  for (int i = 0; i <= BASE; ++i) k[i] = row[i];
+  const int64_t plane = batch * channels;
+  const bool learned_variance = out_channels != channels;
+  for (int64_t n = 0; n < batch; ++n) {
+    T* x = state + n * channels;
+    T* d1 = x + plane;
+    T* d2 = d1 + plane;
+    T* x_base = d2 + plane;
+    const O* first = output + n * out_channels;
+    for (int64_t i = 0; i < channels; ++i) {
+      T o = guidance[n] * static_cast<T>(first[i]);
+      for (int64_t w = 1; w < ways; ++w) {
+        o += guidance[w * batch + n] * static_cast<T>(first[w * batch * out_channels + i]);
+      }
+      // Written so that a NaN passes through, as in torch.clamp.
+      T data = k[P] * x[i] + k[Q] * o;
+      data = data < -k[R] ? -k[R] : data;
+      data = data > k[R] ? k[R] : data;
+      const T base = k[BASE] != T(0) ? x[i] : x_base[i];
+      T next = k[A] * x[i] + k[F] * base + k[B] * data + k[C] * d1[i] + k[D] * d2[i] + k[E] * o;
+      if (noise) {
+        T scale = k[S];
+        if (learned_variance) {
+          const T v = static_cast<T>(first[channels + i]);
+          scale *= std::exp(T(0.5) * (k[L0] + k[L1] * (T(0.5) * (v + T(1)))));
+        }
+        next += scale * noise[n * channels + i];
+      }
+      d2[i] = d1[i];
+      d1[i] = data;
+      x_base[i] = base;
+      x[i] = next;
+    }
+  }
+}
+
+}  // namespace
+
+int fastlatent_solver_step_cpu(void* state, const void* output, const void* guidance, const void* row,
+                               const void* noise, int64_t ways, int64_t batch, int64_t channels,
+                               int64_t out_channels, int64_t state_dtype, int64_t output_dtype) {
+  return fastlatent::dispatch_compute(state_dtype, [&](auto compute) {
+    using T = decltype(compute);
+    return fastlatent::dispatch_load(output_dtype, [&](auto load) {
+      using O = decltype(load);
+      solver_step(static_cast<T*>(state), static_cast<const O*>(output), static_cast<const T*>(guidance),
+                  static_cast<const T*>(row), static_cast<const T*>(noise), ways, batch, channels, out_channels);
+      return static_cast<int>(FASTLATENT_OK);
+    });
+  });
+}

@@ -1,0 +1,141 @@
+"""Command line: parse into a config, then hand over. Nothing heavy is imported before the arguments are valid."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import signal
+import sys
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import fastlatent
+from fastlatent import config
+
+# command -> (config, module under fastlatent.workflows, function)
+COMMANDS: dict[str, tuple[type, str, str]] = {
+    "encode": (config.EncodeConfig, "encode", "encode"),
+    "train vae": (config.TrainVaeConfig, "train", "train_vae"),
+    "train ar": (config.TrainArConfig, "train", "train_ar"),
+    "sample": (config.SampleConfig, "sample", "sample"),
+    "decode": (config.DecodeConfig, "decode", "decode"),
+    "inspect": (config.InspectConfig, "inspect", "inspect"),
+    "doctor": (config.DoctorConfig, "doctor", "doctor"),
+}
+# Exit codes: 0 done, 1 the job failed, 2 the command line is wrong, 130 interrupted.
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = [_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    parser = _parser()
+    namespace, unknown = parser.parse_known_args(arguments)
+    command, given = namespace.command, vars(namespace)
+    cls, module, function = COMMANDS[command]
+    flags = {k: v for k, v in given.items() if k not in ("command", "train_command", "config", "dry_run")}
+    try:
+        if unknown:
+            names = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cls)]
+            raise ValueError(f"unknown argument {unknown[0]!r}{config.suggest(unknown[0].split('=')[0], names)}")
+        resolved = config.build(cls, config.read_yaml(given["config"]) if given["config"] else {}, flags)
+    except ValueError as error:
+        print(f"fastlatent {command}: {error}", file=sys.stderr)
+        return 2
+    text = config.to_yaml(resolved)
+    if text:
+        print(f"# fastlatent {command}\n{text}", end="", flush=True)
+    if given["dry_run"]:
+        return 0
+    try:
+        run = getattr(importlib.import_module(f"fastlatent.workflows.{module}"), function)
+        return run(resolved) or 0
+    except KeyboardInterrupt:
+        print(f"fastlatent {command}: interrupted; rerun the same command to go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing to tell it, and flushing at exit must not raise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, MemoryError) as error:
+        if os.environ.get("FASTLATENT_TRACEBACK"):
+            raise
+        print(f"fastlatent {command}: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}; what was on disk before is unchanged"
+    return str(error) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastlatent", description=fastlatent.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fastlatent {fastlatent.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = None
+    for name, (cls, _, _) in COMMANDS.items():
+        if name.startswith("train "):
+            if train is None:
+                help = "train a model: vae or ar"
+                parent = commands.add_parser("train", help=help, description=help, allow_abbrev=False)
+                train = parent.add_subparsers(dest="train_command", required=True, metavar="MODEL")
+            _add_command(train, name.split()[1], name, cls)
+        else:
+            _add_command(commands, name, name, cls)
+    return parser
+
+
+def _add_command(subparsers: Any, word: str, command: str, cls: type) -> None:
+    doc = cls.__doc__ or ""
+    help = doc.split(".")[0].replace("%", "%%")
+    parser = subparsers.add_parser(word, help=help, description=doc, allow_abbrev=False)
+    parser.set_defaults(command=command)
+    hints = typing.get_type_hints(cls)
+    # Required settings first, then those of the command itself, then what it shares with others.
+    for field in sorted(dataclasses.fields(cls), key=lambda f: f.default is not dataclasses.MISSING):
+        _add_field(parser, field, hints[field.name])
+    parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file; flags override it")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+
+
+def _add_field(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
+    kind, _ = config.value_type(hint)
+    help = field.metadata["help"].replace("%", "%%")
+    if field.metadata["positional"]:
+        parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, metavar=field.name.upper(), help=help)
+        return
+    flag = "--" + field.name.replace("_", "-")
+    if field.default is dataclasses.MISSING:
+        help += " (required)"
+    elif field.default is not None:
+        default = ",".join(map(str, field.default)) if kind is tuple else field.default
+        help += f" (default: {default})"
+    if kind is bool:
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=help)
+        return
+    choices = field.metadata["choices"]
+    metavar = "|".join(choices) if choices else {int: "N", float: "X", tuple: "N,N,…"}.get(kind, "TEXT")
+    parse: Any = _whole_numbers if kind is tuple else kind
+    parser.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=help)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
+
+
+def _dashed(argument: str) -> str:
+    """--cfg_scale=3 is --cfg-scale=3: the projects that users come from spell flags either way."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value

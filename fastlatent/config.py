@@ -1,0 +1,273 @@
+"""Every setting of every command: frozen dataclasses, the only place where defaults live.
+
+The command line, the YAML files and the docs are made from these. Precedence: dataclass < YAML file < flags.
+Plain Python, no torch: `fastlatent --help` imports this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEVICE_HELP = "auto (CUDA if there is one), cpu, cuda, cuda:1 …"
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+    """A field with a default: `--name VALUE` on the command line."""
+    return dataclasses.field(default=default, metadata=_metadata(help, choices, minimum, positional=False))
+
+
+def required(help: str, *, positional: bool = False) -> Any:
+    """A field without a default: `--name VALUE`, or a bare argument if positional."""
+    return dataclasses.field(metadata=_metadata(help, (), None, positional=positional))
+
+
+def _metadata(help: str, choices: tuple[str, ...], minimum: float | None, *, positional: bool) -> dict[str, Any]:
+    return {"help": help, "choices": choices, "minimum": minimum, "positional": positional}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """Encode a folder of images into a latent dataset. Rerun the same command to resume or to add new files."""
+
+    source: str = required("folder of images: one sub-folder per class, or images alone", positional=True)
+    vae: str = required("AutoencoderKL: a diffusers folder, or a run folder of `fastlatent train vae`")
+    out: str = required("dataset folder to write or to complete")
+    size: int = option(256, "side of the square centre crop, in pixels", minimum=1)
+    mirror: bool = option(False, "also store the latents of each image mirrored left to right")
+    dtype: str = option("float16", "how moments are stored", choices=("float16", "bfloat16", "float32"))
+    compute_dtype: str = option(
+        "float32", "dtype the autoencoder runs in", choices=("float32", "bfloat16", "float16")
+    )
+    batch_size: int = option(16, "images per forward pass; part of the fingerprint", minimum=1)
+    unit_rows: int = option(4096, "images per shard at most (a shard also stays below 256 MiB)", minimum=1)
+    threads: int = option(0, "CPU threads; 0: what the dataset was begun with, or all cores", minimum=0)
+    device: str = option("auto", DEVICE_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What every objective shares."""
+
+    out: str = required("run folder; rerun the same command to resume from its newest checkpoint")
+    steps: int = option(200_000, "optimiser steps", minimum=1)
+    batch_size: int = option(32, "samples per step", minimum=1)
+    learning_rate: float = option(1e-4, "peak of the cosine schedule", minimum=0)
+    warmup_steps: int = option(100, "linear warm-up", minimum=0)
+    weight_decay: float = option(0.01, "AdamW, on matrices only", minimum=0)
+    grad_clip: float = option(1.0, "largest global gradient norm", minimum=0)
+    ema_decay: float = option(0.9999, "decay of the weight average; 0 turns it off", minimum=0)
+    mixed_precision: str = option("no", "autocast; weights stay float32", choices=("no", "bf16"))
+    checkpoint_every: int = option(5000, "steps between checkpoints", minimum=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints stay", minimum=1)
+    seed: int = option(0, "of initial weights, order, noise and dropout", minimum=0)
+    threads: int = option(0, "CPU threads; 0: all cores", minimum=0)
+    device: str = option("auto", DEVICE_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainVaeConfig(TrainConfig):
+    """Train an AutoencoderKL (diffusers layout) on a folder of images."""
+
+    source: str = required("folder of images, as for encode", positional=True)
+    size: int = option(256, "side of the square centre crop, in pixels", minimum=1)
+    channels: int = option(3, "1: grey, 3: RGB", minimum=1)
+    latent_channels: int = option(4, "channels of a latent", minimum=1)
+    block_out_channels: tuple[int, ...] = option(
+        (128, 256, 256, 256), "width of each level; n levels reduce the side by 2^(n-1)"
+    )
+    layers_per_block: int = option(2, "residual blocks per level", minimum=1)
+    norm_groups: int = option(32, "groups of every GroupNorm; must divide every width", minimum=1)
+    mirror: bool = option(False, "mirror half of the images at random")
+    mse_weight: float = option(1.0, "weight of the mean squared error per pixel value", minimum=0)
+    l1_weight: float = option(1.0, "weight of the mean absolute error per pixel value", minimum=0)
+    kl_weight: float = option(1e-6, "weight of the KL divergence, mean per latent value", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArConfig(TrainConfig):
+    """Train a next-token-diffusion Transformer (LatentLM) on a latent dataset."""
+
+    latents: str = required("dataset folder written by `fastlatent encode`", positional=True)
+    model: str = option("Transformer-Medium", "published size; the flags below override single numbers of it")
+    hidden_size: int | None = option(None, "width", minimum=1)
+    depth: int | None = option(None, "backbone blocks", minimum=1)
+    num_heads: int | None = option(None, "attention heads", minimum=1)
+    num_kv_heads: int | None = option(None, "key and value heads (grouped-query attention)", minimum=1)
+    mlp_ratio: float | None = option(None, "FFN width is floor(hidden·ratio·2/3/64)·64", minimum=0)
+    diffusion_depth: int | None = option(None, "blocks of the diffusion head", minimum=1)
+    prediction_type: str = option(
+        "v_prediction", "what the head predicts", choices=("epsilon", "v_prediction", "flow")
+    )
+    beta_schedule: str = option(
+        "cosine", "noise schedule of epsilon and v_prediction", choices=("cosine", "linear", "scaled_linear")
+    )
+    batch_mul: int = option(4, "noised copies of each sequence per backbone pass", minimum=1)
+    class_dropout_prob: float = option(0.1, "share of labels replaced by the null class", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Sample latents, and images, from a next-token-diffusion checkpoint."""
+
+    checkpoint: str = required("checkpoint folder (config.json + model.safetensors) or run folder", positional=True)
+    output: str = required("folder for images, sheet and latents; with --no-decode a .safetensors file")
+    labels: str = option("all", 'class numbers such as "3,1,4", or "all"')
+    per_class: int = option(1, "samples of each label, one label after the other", minimum=1)
+    num_inference_steps: int = option(20, "denoising steps per token", minimum=1)
+    cfg_scale: float = option(3.0, "classifier-free guidance; 1 turns it off", minimum=0)
+    solver: str = option(
+        "auto", "auto: dpmsolver++, or euler for flow", choices=("auto", "dpmsolver++", "ddim", "ddpm", "euler")
+    )
+    seed: int = option(0, "of the noise; sample i has the same noise at any batch size", minimum=0)
+    noise: str | None = option(None, "safetensors file with tensor `noise` [B, N, C]: start noise of every token")
+    dtype: str = option(
+        "float32", "of weights and arithmetic", choices=("float64", "float32", "bfloat16", "float16")
+    )
+    decode: bool = option(True, "decode the latents to images")
+    vae: str | None = option(None, "autoencoder to decode with; otherwise the one that encoded the training set")
+    allow_other_vae: bool = option(False, "decode although the autoencoder is not the one that encoded the set")
+    batch_size: int = option(64, "sequences sampled at a time", minimum=1)
+    compile: bool = option(False, "torch.compile the head and the backbone step")
+    threads: int = option(0, "CPU threads; 0: all cores", minimum=0)
+    device: str = option("auto", DEVICE_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Decode latents (a dataset, or a file written by sample) to images."""
+
+    latents: str = required("dataset folder, or .safetensors file written by `fastlatent sample`", positional=True)
+    output: str = required("folder for PNG images and sheet.png")
+    vae: str | None = option(None, "autoencoder; otherwise the one that the latents' provenance names")
+    allow_other_vae: bool = option(False, "decode although the autoencoder is not the one that made the latents")
+    limit: int = option(0, "decode only the first rows; 0: all", minimum=0)
+    columns: int = option(10, "images per row of sheet.png", minimum=1)
+    batch_size: int = option(16, "latents per forward pass", minimum=1)
+    dtype: str = option("float32", "dtype the autoencoder runs in", choices=("float32", "bfloat16", "float16"))
+    threads: int = option(0, "CPU threads; 0: all cores", minimum=0)
+    device: str = option("auto", DEVICE_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Describe a dataset (also one that is being encoded right now), shard, checkpoint or latent file."""
+
+    path: str = required("what to describe", positional=True)
+    vae: str | None = option(None, "decode the first rows with this autoencoder to a contact sheet")
+    sheet: str = option("sheet.png", "where the contact sheet goes (with --vae)")
+    rows: int = option(64, "rows on the contact sheet", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Report what is installed, what is missing, the remedy, and the path each command would take."""
+
+
+def build(cls: type, file_values: Mapping[str, Any], flag_values: Mapping[str, Any]) -> Any:
+    """Resolve a config: dataclass defaults, then the YAML file, then flags.
+
+    Raises:
+        ValueError: an unknown key (with the nearest name), a missing one, or a value of the wrong type or range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for origin, given in (("config file", file_values), ("flag", flag_values)):
+        for raw_name, value in given.items():
+            name = str(raw_name).replace("-", "_")
+            if name not in fields:
+                raise ValueError(f"{origin}: unknown key {raw_name!r}{suggest(name, fields)}")
+            values[name] = _checked(origin, fields[name], hints[name], value)
+    missing = [_flag(field) for field in fields.values() if _is_required(field) and field.name not in values]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}: give it on the command line or in the config file")
+    return cls(**values)
+
+
+def suggest(name: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean …?' for a misspelt name, or the list of what there is."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config, readable by --config."""
+    import yaml
+
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file; ValueError if it is not there or not a mapping."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: expected a mapping of keys to values, got {type(loaded).__name__}")
+    return loaded
+
+
+def value_type(hint: Any) -> tuple[type, bool]:
+    """(plain type, may be None) of a field's annotation; tuple[int, ...] is given as tuple."""
+    if isinstance(hint, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+        return inner[0], True
+    return (tuple, False) if typing.get_origin(hint) is tuple else (hint, False)
+
+
+def _checked(origin: str, field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    kind, optional = value_type(hint)
+    where = f"{origin}: {field.name}"
+    if value is None and optional:
+        return None
+    if kind is tuple and isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
+        return tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    # YAML 1.1 reads 1e-4 as text.
+    if kind is float and isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{where}: expected a number, got {value!r}") from None
+    # `labels: 3` in YAML is a number, but it is the text "3" on the command line.
+    if kind is str and type(value) in (int, float):
+        value = str(value)
+    if type(value) is not kind:
+        expected = "a list of whole numbers" if kind is tuple else kind.__name__
+        raise ValueError(f"{where}: expected {expected}, got {value!r}")
+    choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    if choices and value not in choices:
+        raise ValueError(f"{where}: expected one of {', '.join(choices)}, got {value!r}{_near(value, choices)}")
+    if minimum is not None and not value >= minimum:
+        raise ValueError(f"{where}: expected at least {minimum}, got {value}")
+    return value
+
+
+def _near(value: str, choices: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(value, choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING
+
+
+def _flag(field: dataclasses.Field) -> str:
+    return field.name.upper() if field.metadata["positional"] else "--" + field.name.replace("_", "-")

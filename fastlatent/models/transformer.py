@@ -1,0 +1,245 @@
+"""The causal Transformer of LatentLM with its diffusion head: layers, sizes and keys as published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlatent.heads.latentlm import (
+    DiffusionBlock,
+    FinalLayer,
+    LatentHead,
+    SwiGLU,
+    TimestepEmbedder,
+    TokenEmbedder,
+    ffn_width,
+    rms_norm,
+)
+
+ROPE_BASE = 10_000
+LABEL_STD = 0.02
+
+# name: depth, hidden size, heads, mlp ratio, blocks of the diffusion head
+SIZES: dict[str, tuple[int, int, int, float, int]] = {
+    "Transformer-Base": (12, 768, 12, 6, 3),
+    "Transformer-Medium": (24, 1024, 16, 6, 3),
+    "Transformer-Large": (24, 1536, 12, 6, 3),
+    "Transformer-XL": (24, 2048, 16, 6, 3),
+    "Transformer-3B": (32, 2560, 20, 6, 3),
+    "Transformer-7B": (32, 4096, 32, 6, 3),
+    "Transformer-13B": (40, 5120, 40, 6, 3),
+    "Transformer-B": (24, 768, 12, 4, 6),
+    "Transformer-L": (32, 1024, 16, 4, 8),
+    "Transformer-H": (40, 1280, 20, 4, 12),
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Every size of a Transformer; N = input_size² tokens of in_channels numbers, in raster order."""
+
+    hidden_size: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_ratio: float
+    diffusion_depth: int
+    in_channels: int
+    input_size: int
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        for field in fields(TransformerConfig):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"config: expected {field.name} to be a positive number, got {value!r}")
+            if field.type == "int" and not isinstance(value, int):
+                raise ValueError(f"config: expected {field.name} to be a whole number, got {value!r}")
+        if self.hidden_size % self.num_heads or self.head_dim % 2:
+            raise ValueError(
+                f"config: hidden_size {self.hidden_size} must be num_heads {self.num_heads} times an even number"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.ffn_width == 0:
+            raise ValueError(
+                f"config: hidden_size {self.hidden_size} and mlp_ratio {self.mlp_ratio} give an FFN of width 0; "
+                "floor(hidden·ratio·2/3/64)·64 must be at least 64"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        return ffn_width(self.hidden_size, self.mlp_ratio)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_size**2
+
+
+def published_size(name: str) -> dict[str, int | float]:
+    """The sizes that a published name stands for; ValueError lists the names."""
+    if name not in SIZES:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(SIZES)}")
+    depth, hidden_size, num_heads, mlp_ratio, diffusion_depth = SIZES[name]
+    return {
+        "depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_heads,
+        "mlp_ratio": mlp_ratio, "diffusion_depth": diffusion_depth,
+    }  # fmt: skip
+
+
+def rope_table(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [positions, head_dim/2] in float64 (cast by the user, so that every dtype rounds once).
+
+    Published frequencies: 10000^(−linspace(0, 1, head_dim/2)), both endpoints included.
+    """
+    frequencies = ROPE_BASE ** -torch.linspace(0, 1, head_dim // 2, dtype=torch.float64)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on interleaved (even, odd) pairs. x [..., N, D]; cos and sin [N, D/2]."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Causal attention without bias or qk-norm; qkv holds [q heads | k heads | v heads]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, hidden] → q [B, H, N, D], k and v [B, Hkv, N, D]; q and k rotated."""
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        """→ [B, N, hidden]."""
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
+        return self.proj(out.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attn = Attention(config)
+        self.mlp = SwiGLU(config.hidden_size, config.ffn_width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn.attend(*self.attn.project(rms_norm(x), cos, sin), causal=True)
+        return x + self.mlp(rms_norm(x))
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+        """One token [B, 1, hidden]; keys and values [B, Hkv, N, D] hold the earlier tokens and take this one."""
+        q, k, v = self.attn.project(rms_norm(x), cos, sin)
+        keys[:, :, position : position + 1] = k
+        values[:, :, position : position + 1] = v
+        end = position + 1
+        x = x + self.attn.attend(q, keys[:, :, :end], values[:, :, :end], causal=False)
+        return x + self.mlp(rms_norm(x))
+
+
+class LabelEmbedder(nn.Module):
+    """Class embedding; row num_classes is the null class of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class ConditionLayer(nn.Module):
+    """RMSNorm then Linear: backbone output → condition of the head."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(rms_norm(x))
+
+
+class Transformer(nn.Module):
+    """Backbone and head. Sub-modules stand in the published order: that of the unnamed EMA list."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, width = config.hidden_size, config.ffn_width
+        self.x_embedder = TokenEmbedder(config.in_channels, hidden)
+        self.noisy_x_embedder = TokenEmbedder(config.in_channels, hidden)
+        self.t_embedder = TimestepEmbedder(hidden)
+        self.y_embedder = LabelEmbedder(config.num_classes, hidden)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.diffusion_blocks = nn.ModuleList(DiffusionBlock(hidden, width) for _ in range(config.diffusion_depth))
+        self.condition_layer = ConditionLayer(hidden)
+        self.final_layer = FinalLayer(hidden, config.in_channels)
+        self._rope: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def initialize(self) -> None:
+        """Published initial weights: zero modulations and output, N(0, 0.02) for t MLP and labels."""
+        for part in (*self.diffusion_blocks, self.final_layer):
+            nn.init.zeros_(part.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(linear.weight, std=LABEL_STD)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=LABEL_STD)
+
+    @property
+    def head(self) -> LatentHead:
+        return LatentHead(self.noisy_x_embedder, list(self.diffusion_blocks), self.final_layer)  # type: ignore[arg-type]
+
+    def condition(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Conditions of all tokens at once. x [B, N, C] clean latents, labels int64 [B] → [B, N, hidden].
+
+        The sequence is [class, x_0 … x_{N−2}]: output i conditions token i.
+        """
+        h = torch.cat([self.y_embedder(labels)[:, None], self.x_embedder(x[:, :-1])], dim=1)
+        cos, sin = self._rope_for(h)
+        for block in self.blocks:
+            h = block(h, cos[: h.shape[1]], sin[: h.shape[1]])
+        return self.condition_layer(h)
+
+    def new_cache(self, rows: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [rows, Hkv, N, D] of every block, for `step`."""
+        c, weight = self.config, self.condition_layer.linear.weight
+        shape = (rows, c.num_kv_heads, c.num_tokens, c.head_dim)
+        return [(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.blocks]
+
+    def step(self, h: Tensor, position: int, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Condition of token `position`. h [rows, hidden]: the embedded class (0) or previous token → [rows, hidden]."""
+        h = h[:, None]
+        cos, sin = (table[position : position + 1] for table in self._rope_for(h))
+        for block, (keys, values) in zip(self.blocks, cache, strict=True):
+            h = block.step(h, cos, sin, keys, values, position)
+        return self.condition_layer(h)[:, 0]
+
+    def denoise(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Prediction for noisy tokens. x [..., C], t [...], condition [..., hidden] → [..., C]."""
+        head = self.head
+        return head.denoise(x, head.modulations(condition, self.t_embedder(t), head.modulation_weight()))
+
+    def _rope_for(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        key = (h.dtype, h.device)
+        if key not in self._rope:
+            cos, sin = rope_table(self.config.num_tokens, self.config.head_dim)
+            self._rope[key] = cos.to(h.device, h.dtype), sin.to(h.device, h.dtype)
+        return self._rope[key]

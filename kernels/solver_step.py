@@ -1,0 +1,102 @@
+"""Triton kernel for fastlatent.ops.solver_step."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements per program: 4 per thread of 4 warps, one 16-byte access each in float32.
+TILE = 512
+
+
+@triton.jit
+def solver_step_kernel(
+    state_ptr,
+    output_ptr,
+    guidance_ptr,
+    row_ptr,
+    noise_ptr,
+    batch,
+    channels,
+    out_channels,
+    WAYS: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    LEARNED_VARIANCE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # int64: state holds 4 * batch * channels elements, more than 2^31 where one plane has 2 GiB of float32.
+    n = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (n < batch) & (c < channels)
+    plane = batch.to(tl.int64) * channels
+    x_ptr = state_ptr + n * channels + c
+    x = tl.load(x_ptr, mask=mask)
+    d1 = tl.load(x_ptr + plane, mask=mask)
+    d2 = tl.load(x_ptr + 2 * plane, mask=mask)
+    x_base = tl.load(x_ptr + 3 * plane, mask=mask)
+
+    # Every load of the output is converted at once: the interpreter computes garbage on bfloat16.
+    first_ptr = output_ptr + n * out_channels + c
+    weight_ptr = guidance_ptr + n
+    o = tl.load(weight_ptr, mask=n < batch) * tl.load(first_ptr, mask=mask).to(x.dtype)
+    for way in tl.static_range(1, WAYS):
+        weight = tl.load(weight_ptr + way * batch.to(tl.int64), mask=n < batch)
+        o += weight * tl.load(first_ptr + way * (batch.to(tl.int64) * out_channels), mask=mask).to(x.dtype)
+
+    # Columns in the order of fastlatent/ops/solver_step.py: p q r a f b c d e s l0 l1 base.
+    r = tl.load(row_ptr + 2)
+    data = tl.load(row_ptr) * x + tl.load(row_ptr + 1) * o
+    # tl.clamp would drop a NaN; torch.clamp keeps it.
+    data = tl.where(data < -r, -r, data)
+    data = tl.where(data > r, r, data)
+    base = tl.where(tl.load(row_ptr + 12) != 0, x, x_base)
+    following = tl.load(row_ptr + 3) * x + tl.load(row_ptr + 4) * base
+    following += tl.load(row_ptr + 5) * data
+    following += tl.load(row_ptr + 6) * d1
+    following += tl.load(row_ptr + 7) * d2
+    following += tl.load(row_ptr + 8) * o
+    if HAS_NOISE:
+        z = tl.load(noise_ptr + n * channels + c, mask=mask)
+        scale = tl.load(row_ptr + 9)
+        if LEARNED_VARIANCE:
+            v = tl.load(first_ptr + channels, mask=mask).to(x.dtype)
+            scale *= tl.exp(0.5 * (tl.load(row_ptr + 10) + tl.load(row_ptr + 11) * (0.5 * (v + 1))))
+        following += scale * z
+
+    tl.store(x_ptr, following, mask=mask)
+    tl.store(x_ptr + plane, data, mask=mask)
+    tl.store(x_ptr + 2 * plane, d1, mask=mask)
+    tl.store(x_ptr + 3 * plane, base, mask=mask)
+
+
+def solver_step_triton(
+    state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Tensor | None
+) -> None:
+    """Launch over contiguous tensors, as checked by `fastlatent.ops.solver_step.solver_step`."""
+    if state.numel() == 0:
+        return  # a CUDA grid cannot be empty
+    ways, batch, out_channels = output.shape
+    channels = state.shape[2]
+    block_c = min(triton.next_power_of_2(channels), TILE)
+    block_b = TILE // block_c
+    grid = (triton.cdiv(batch, block_b), triton.cdiv(channels, block_c))
+    solver_step_kernel[grid](
+        state,
+        output,
+        guidance,
+        row,
+        noise,
+        batch,
+        channels,
+        out_channels,
+        WAYS=ways,
+        HAS_NOISE=noise is not None,
+        LEARNED_VARIANCE=out_channels != channels,
+        BLOCK_B=block_b,
+        BLOCK_C=block_c,
+        num_warps=4,
+        # The kernel waits for memory, so fused multiply-adds would gain nothing; without them its bits are the CPU's.
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,85 @@
+"""Imports run one way, and the command line stays light: CONTRIBUTING.md, "The house"."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Who may import whom, besides itself. Siblings (models and encoders, say) never import each other.
+BELOW_OPS = {"_native", "kernels"}
+BELOW_STORE = {"ops", *BELOW_OPS}
+BELOW_PIPELINE = {"sources", "media", "store", *BELOW_STORE}
+BELOW_DIFFUSION = {"pipeline", *BELOW_PIPELINE}
+BELOW_HEADS = {"diffusion", *BELOW_DIFFUSION}
+BELOW_DATA = {"heads", *BELOW_HEADS}
+BELOW_SAMPLING = {"data", "encoders", "models", *BELOW_DATA}
+BELOW_EVALUATION = {"sampling", *BELOW_SAMPLING}
+BELOW_TRAINING = {"evaluation", *BELOW_EVALUATION}
+BELOW_WORKFLOWS = {"patch", "training", *BELOW_TRAINING}
+ALLOWED = {
+    "kernels": set(),
+    "_native": set(),
+    "ops": BELOW_OPS,
+    "sources": BELOW_STORE,
+    "media": BELOW_STORE,
+    "store": {"_native"},  # torch-free: everything under ops imports torch
+    "pipeline": BELOW_PIPELINE,
+    "diffusion": BELOW_DIFFUSION,
+    "heads": BELOW_HEADS,
+    "data": BELOW_DATA,
+    "encoders": BELOW_DATA,
+    "models": BELOW_DATA,
+    "sampling": BELOW_SAMPLING,
+    "evaluation": BELOW_EVALUATION,
+    "training": BELOW_TRAINING,
+    "patch": BELOW_TRAINING,
+    "workflows": BELOW_WORKFLOWS,
+    "config": set(),
+    "cli": {"config", "workflows"},
+    "__main__": {"cli"},
+    "__init__": {"ops", "data", "workflows"},
+}
+FILES = [*ROOT.glob("fastlatent/**/*.py"), *ROOT.glob("kernels/**/*.py")]
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "kernels" if parts[0] == "kernels" else parts[1]
+
+
+def imported_names(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write absolute imports"
+            if node.module == "fastlatent":
+                names += [f"fastlatent.{alias.name}" for alias in node.names]
+            else:
+                names.append(node.module or "")
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    here = room(path)
+    for name in imported_names(path):
+        assert name.split(".")[0] != "kernels", f"{path}: import fastlatent.kernels, not kernels"
+        if name.startswith("fastlatent.") and name != "fastlatent.__version__":
+            there = name.split(".")[1]
+            assert there == here or there in ALLOWED[here], f"{path}: {here} must not import {name}"
+
+
+def test_kernels_is_not_a_package():
+    # kernels/__init__.py would shadow Hugging Face's PyPI package `kernels` from the repository root.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("module", ["fastlatent", "fastlatent.cli", "fastlatent.config", "fastlatent.store.reader", "fastlatent.store.writer"])
+def test_imports_no_torch(module):
+    code = f"import sys, {module}; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
