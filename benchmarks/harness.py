@@ -169,7 +169,8 @@ def environment() -> dict[str, Any]:
             **{name: _version(name) for name in ("torch", "triton", "numpy", "fastlatent")},
         },
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (status := _git("status", "--porcelain", "-uno")) is None else status != "",
+        # Appending rows must not make the tree they were measured from dirty.
+        "dirty": None if (changes := _git("status", "--porcelain", "--", ":!benchmarks/results")) is None else changes != "",
     }
 
 
@@ -326,10 +327,8 @@ def interleave(
         except TimeLimitExceeded as limit:
             torch._dynamo.reset()  # an abandoned compilation leaves half-built guards
             outcomes[name] = Outcome("timeout", f"warm-up took {limit}")
-        except (ModuleNotFoundError, Unavailable) as error:
-            outcomes[name] = Outcome("unavailable", _one_line(error))
         except Exception as error:  # one broken rival must not cost the other rows
-            outcomes[name] = Outcome("error", _one_line(error))
+            outcomes[name] = _failure(error)
     samples: dict[str, list[float]] = {name: [] for name in ready}
     begin = time.perf_counter()
     rounds = 0
@@ -343,8 +342,11 @@ def interleave(
     return {name: outcomes[name] for name in providers}
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+def _failure(error: Exception) -> Outcome:
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, ModuleNotFoundError | Unavailable):
+        return Outcome("unavailable", text)
+    return Outcome("error", f"{type(error).__name__}: {text}")
 
 
 # ---- running a benchmark file ----------------------------------------------------------------------------
@@ -440,8 +442,12 @@ def main(
     print(f"{platform.python_version()} torch {torch.__version__} -> {path}", file=sys.stderr)
     written = []
     for case in chosen:
-        with prepare(case) as prepared:
-            outcomes = interleave(prepared.providers, device=case.device, min_seconds=args.seconds)
+        try:
+            with prepare(case) as prepared:
+                outcomes = interleave(prepared.providers, device=case.device, min_seconds=args.seconds)
+        except Exception as error:  # out of memory or disk in one case must not cost the next
+            prepared = Prepared(dict.fromkeys(case.providers, lambda: lambda: None))
+            outcomes = dict.fromkeys(case.providers, _failure(error))
         for new in rows_of(case, prepared, outcomes):
             append(path, new)
             print(describe(new), flush=True)

@@ -1,5 +1,5 @@
-// Dtype codes to C++ types, once for every kernel. The half types only load: kernels compute and store in f32 or f64.
-// They are plain bits with hand-written conversions, so any C++17 compiler on any CPU reads them alike.
+// Dtype codes to C++ types, once for every kernel. Kernels compute and store in f32 or f64; the half types only load,
+// and convert by hand, so any C++17 compiler on any CPU reads them alike.
 #pragma once
 #include "fastlatent.h"
 
@@ -14,6 +14,12 @@ inline float float_from_bits(uint32_t bits) {
   return value;
 }
 
+inline uint32_t bits_from_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 struct BFloat16 {
   uint16_t bits;
   // bfloat16 is the upper half of a float32.
@@ -22,18 +28,13 @@ struct BFloat16 {
 
 struct Float16 {
   uint16_t bits;
+  // Exponent and mantissa land 13 bits higher; 2^112 corrects the exponent's bias (127 - 15). The product is exact and
+  // normalises subnormals. Inf and NaN (exponent 31) get float32's exponent 255 instead.
   operator float() const {
-    const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
-    const uint32_t magnitude = bits & 0x7fffu;
-    // Exponent and mantissa land 13 bits higher; 2^112 corrects the exponent bias (127 - 15). The product is exact,
-    // and it normalises float16 subnormals (2^-24 to 2^-14), which read as float32 subnormals before it.
-    const float finite = float_from_bits(magnitude << 13) * 0x1p112f;
-    // Inf and NaN (exponent 31) need float32's exponent 255 instead.
-    const float special = float_from_bits(0x7f800000u | (magnitude << 13));
-    uint32_t result;
-    const float value = magnitude < 0x7c00u ? finite : special;
-    std::memcpy(&result, &value, sizeof result);
-    return float_from_bits(result | sign);
+    const uint32_t wide = (bits & 0x7fffu) << 13;
+    const uint32_t finite = bits_from_float(float_from_bits(wide) * 0x1p112f);
+    const uint32_t special = wide < (0x7c00u << 13) ? 0u : 0x7f800000u;
+    return float_from_bits(finite | special | ((bits & 0x8000u) << 16));
   }
 };
 

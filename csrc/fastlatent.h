@@ -14,9 +14,9 @@ enum { FASTLATENT_F64 = 0, FASTLATENT_F32 = 1, FASTLATENT_BF16 = 2, FASTLATENT_F
 
 extern "C" {
 
-// out[i] = bytes of row row_index[i] of shard shard_index[i], for i in [0, rows). shards holds the address of each
-// shard's first row, shard_rows its number of rows; both have shard_count entries. Rows are row_bytes long.
-FASTLATENT_API int fastlatent_gather_rows_cpu(const int64_t* shards, const int64_t* shard_rows, int64_t shard_count, const int64_t* shard_index, const int64_t* row_index, int64_t rows, int64_t row_bytes, void* out, int64_t threads);
+// out[i] = bytes of row row_index[i] of shard shard_index[i], for i in [0, rows). table [shard_count, 2] holds the address
+// of each shard's first row and its number of rows. Rows are row_bytes long.
+FASTLATENT_API int fastlatent_gather_rows_cpu(const int64_t* table, int64_t shard_count, const int64_t* shard_index, const int64_t* row_index, int64_t rows, int64_t row_bytes, void* out, int64_t threads);
 
 // One solver step in place. state [4, batch, channels] = (x, D1, D2, x_base) of dtype state_dtype (f64 or f32);
 // output [ways, batch, out_channels] of dtype output_dtype; guidance [ways, batch] and row [16] of state_dtype;

@@ -97,6 +97,6 @@ def solver_step_triton(
         BLOCK_B=block_b,
         BLOCK_C=block_c,
         num_warps=4,
-        # The kernel waits for memory, so fused multiply-adds would gain nothing; without them its bits are the CPU's.
+        # Memory bounds this kernel, so fused multiply-adds gain nothing; without them its bits are the CPU's.
         enable_fp_fusion=False,
     )

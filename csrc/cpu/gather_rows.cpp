@@ -14,10 +14,10 @@ constexpr int64_t kCacheLine = 64;
 // Only a row's first lines are worth a prefetch; its sequential rest the hardware finds by itself.
 constexpr int64_t kPrefetchBytes = 512;
 
-void copy_range(const int64_t* shards, const int64_t* shard_index, const int64_t* row_index, int64_t row_bytes,
+void copy_range(const int64_t* table, const int64_t* shard_index, const int64_t* row_index, int64_t row_bytes,
                 char* out, int64_t begin, int64_t end) {
   const auto source = [&](int64_t i) {
-    return reinterpret_cast<const char*>(shards[shard_index[i]]) + row_index[i] * row_bytes;
+    return reinterpret_cast<const char*>(table[2 * shard_index[i]]) + row_index[i] * row_bytes;
   };
   for (int64_t i = begin; i < end; ++i) {
     if (i + kAhead < end) {
@@ -30,13 +30,13 @@ void copy_range(const int64_t* shards, const int64_t* shard_index, const int64_t
 
 }  // namespace
 
-int fastlatent_gather_rows_cpu(const int64_t* shards, const int64_t* shard_rows, int64_t shard_count,
+int fastlatent_gather_rows_cpu(const int64_t* table, int64_t shard_count,
                                const int64_t* shard_index, const int64_t* row_index, int64_t rows, int64_t row_bytes,
                                void* out, int64_t threads) {
   // Checked before the first byte is written, so a bad index leaves the batch untouched.
   for (int64_t i = 0; i < rows; ++i) {
     if (shard_index[i] < 0 || shard_index[i] >= shard_count) return FASTLATENT_BAD_INDEX;
-    if (row_index[i] < 0 || row_index[i] >= shard_rows[shard_index[i]]) return FASTLATENT_BAD_INDEX;
+    if (row_index[i] < 0 || row_index[i] >= table[2 * shard_index[i] + 1]) return FASTLATENT_BAD_INDEX;
   }
   threads = std::max<int64_t>(1, std::min(threads, rows));
   std::vector<std::thread> workers;
@@ -44,10 +44,10 @@ int fastlatent_gather_rows_cpu(const int64_t* shards, const int64_t* shard_rows,
   try {
     workers.reserve(threads - 1);
     for (int64_t t = 1; t < threads; ++t) {
-      workers.emplace_back(copy_range, shards, shard_index, row_index, row_bytes, static_cast<char*>(out),
+      workers.emplace_back(copy_range, table, shard_index, row_index, row_bytes, static_cast<char*>(out),
                            rows * t / threads, rows * (t + 1) / threads);
     }
-    copy_range(shards, shard_index, row_index, row_bytes, static_cast<char*>(out), 0, rows / threads);
+    copy_range(table, shard_index, row_index, row_bytes, static_cast<char*>(out), 0, rows / threads);
   } catch (const std::system_error&) {
     status = FASTLATENT_NO_THREADS;
   }

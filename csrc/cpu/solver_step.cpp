@@ -1,11 +1,15 @@
 #include "../dtype.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace {
 
 // Columns of the coefficient row, as in fastlatent/ops/solver_step.py.
 enum Column { P, Q, R, A, F, B, C, D, E, S, L0, L1, BASE };
+
+// Channels done at a time: the buffers stay in the first-level cache, and plain loops over them vectorise.
+constexpr int64_t kBlock = 256;
 
 // The order of operations is the reference's, so that without fused multiply-adds both give the same bits.
 template <class T, class O>
@@ -14,37 +18,49 @@ void solver_step(T* state, const O* output, const T* guidance, const T* row, con
   // A local copy cannot alias the state, so it stays in registers.
   T k[BASE + 1];
   for (int i = 0; i <= BASE; ++i) k[i] = row[i];
+  const bool new_base = k[BASE] != T(0);
   const int64_t plane = batch * channels;
-  const bool learned_variance = out_channels != channels;
+  T o[kBlock], noise_term[kBlock];
   for (int64_t n = 0; n < batch; ++n) {
-    T* x = state + n * channels;
-    T* d1 = x + plane;
-    T* d2 = d1 + plane;
-    T* x_base = d2 + plane;
-    const O* first = output + n * out_channels;
-    for (int64_t i = 0; i < channels; ++i) {
-      T o = guidance[n] * static_cast<T>(first[i]);
+    for (int64_t begin = 0; begin < channels; begin += kBlock) {
+      const int64_t count = std::min(kBlock, channels - begin);
+      const O* first = output + n * out_channels + begin;
+      const T first_weight = guidance[n];
+      for (int64_t i = 0; i < count; ++i) o[i] = first_weight * static_cast<T>(first[i]);
       for (int64_t w = 1; w < ways; ++w) {
-        o += guidance[w * batch + n] * static_cast<T>(first[w * batch * out_channels + i]);
+        const T weight = guidance[w * batch + n];
+        const O* way = first + w * batch * out_channels;
+        for (int64_t i = 0; i < count; ++i) o[i] += weight * static_cast<T>(way[i]);
       }
-      // Written so that a NaN passes through, as in torch.clamp.
-      T data = k[P] * x[i] + k[Q] * o;
-      data = data < -k[R] ? -k[R] : data;
-      data = data > k[R] ? k[R] : data;
-      const T base = k[BASE] != T(0) ? x[i] : x_base[i];
-      T next = k[A] * x[i] + k[F] * base + k[B] * data + k[C] * d1[i] + k[D] * d2[i] + k[E] * o;
       if (noise) {
-        T scale = k[S];
-        if (learned_variance) {
-          const T v = static_cast<T>(first[channels + i]);
-          scale *= std::exp(T(0.5) * (k[L0] + k[L1] * (T(0.5) * (v + T(1)))));
+        const T* z = noise + n * channels + begin;
+        if (out_channels == channels) {
+          for (int64_t i = 0; i < count; ++i) noise_term[i] = k[S] * z[i];
+        } else {
+          for (int64_t i = 0; i < count; ++i) {
+            const T v = static_cast<T>(first[channels + i]);
+            const T scale = k[S] * std::exp(T(0.5) * (k[L0] + k[L1] * (T(0.5) * (v + T(1)))));
+            noise_term[i] = scale * z[i];
+          }
         }
-        next += scale * noise[n * channels + i];
       }
-      d2[i] = d1[i];
-      d1[i] = data;
-      x_base[i] = base;
-      x[i] = next;
+      T* __restrict x = state + n * channels + begin;
+      T* __restrict d1 = x + plane;
+      T* __restrict d2 = x + 2 * plane;
+      T* __restrict x_base = x + 3 * plane;
+      for (int64_t i = 0; i < count; ++i) {
+        // Written so that a NaN passes through, as in torch.clamp.
+        T data = k[P] * x[i] + k[Q] * o[i];
+        data = data < -k[R] ? -k[R] : data;
+        data = data > k[R] ? k[R] : data;
+        const T base = new_base ? x[i] : x_base[i];
+        T next = k[A] * x[i] + k[F] * base + k[B] * data + k[C] * d1[i] + k[D] * d2[i] + k[E] * o[i];
+        if (noise) next += noise_term[i];
+        d2[i] = d1[i];
+        d1[i] = data;
+        x_base[i] = base;
+        x[i] = next;
+      }
     }
   }
 }

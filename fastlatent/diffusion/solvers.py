@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlatent.diffusion.schedules import alphas_cumprod as schedule_by_name
 from fastlatent.diffusion.targets import PREDICTION_TYPES
-from fastlatent.ops import solver_step as op
+from fastlatent.ops.solver_step import ROW, A, B, C, E, P, Q, R, S, T
 
 SOLVERS = ("dpmsolver++", "ddim", "ddpm", "euler")
 
@@ -20,8 +20,8 @@ class SolverTable:
 
     Attributes:
         rows: float64 CPU [S, 16], one row per step, columns as in `fastlatent.ops.solver_step`.
-        timesteps: float64 CPU [S], what the network is given at each step: 0 to T - 1 for a discrete schedule,
-            1000 * t for flow.
+        timesteps: float64 CPU [S], what the network is given at each step: integers from 0 to T - 1 for a
+            discrete schedule, 1000 * t for flow.
         name: solver, options and number of steps, for logs.
     """
 
@@ -32,7 +32,7 @@ class SolverTable:
     @property
     def needs_noise(self) -> bool:
         """Whether any step adds noise, so that `solver_step` must be given some."""
-        return bool((self.rows[:, op.S] != 0).any())
+        return bool((self.rows[:, S] != 0).any())
 
 
 def dpmsolver_pp(
@@ -45,8 +45,8 @@ def dpmsolver_pp(
 ) -> SolverTable:
     """DPM-Solver++ multistep (Lu et al. 2022), the sampler of LatentLM and VibeVoice.
 
-    Timesteps are round(linspace(0, T - 1, steps + 1)) without the 0, descending; the last step goes to sigma = 0.
-    First and last step are of order 1: one has no history, the other an infinite log-SNR step.
+    Timesteps are round(linspace(0, T - 1, steps + 1)) without the 0, descending; the last step ends at
+    sigma = 0. First and last step are of order 1: one has no history, the other an infinite log-SNR step.
 
     Args:
         alphas_cumprod: float64 [T].
@@ -71,9 +71,9 @@ def dpmsolver_pp(
     h = _shifted(log_snr, torch.inf) - log_snr
 
     rows = _rows(timesteps)
-    rows[:, op.P], rows[:, op.Q] = _to_data("dpmsolver_pp", prediction_type, alpha, sigma)
-    rows[:, op.A] = sigma_next / sigma
-    rows[:, op.B] = -alpha_next * torch.expm1(-h)
+    rows[:, P], rows[:, Q] = _to_data("dpmsolver_pp", prediction_type, alpha, sigma)
+    rows[:, A] = sigma_next / sigma
+    rows[:, B] = -alpha_next * torch.expm1(-h)
     if order == 2:
         h_previous = torch.cat([h.new_zeros(1), h[:-1]])
         half = -0.5 * torch.expm1(-h) if solver_type == "midpoint" else torch.expm1(-h) / h + 1
@@ -81,8 +81,8 @@ def dpmsolver_pp(
         # Zero steps exist: steps = T rounds one timestep twice, and neither it nor its successor has a slope.
         second_order = (h_previous > 0) & (h > 0) & (sigma_next > 0)
         correction = torch.where(second_order, correction, 0.0)
-        rows[:, op.B] += correction
-        rows[:, op.C] = -correction
+        rows[:, B] += correction
+        rows[:, C] = -correction
     kind = f"order {order}" if order == 1 else f"order {order} {solver_type}"
     return SolverTable(rows, timesteps, f"dpmsolver++ ({kind}), {prediction_type}, {steps} steps")
 
@@ -109,14 +109,14 @@ def ddim(alphas_cumprod: Tensor, steps: int, prediction_type: str, *, eta: float
     direction = (1 - alpha_bar_next - variance).sqrt()
 
     rows = _rows(timesteps)
-    rows[:, op.P], rows[:, op.Q] = _to_data("ddim", prediction_type, alpha, sigma)
-    rows[:, op.B] = alpha_bar_next.sqrt()
+    rows[:, P], rows[:, Q] = _to_data("ddim", prediction_type, alpha, sigma)
+    rows[:, B] = alpha_bar_next.sqrt()
     # The direction is the predicted noise: the output itself for epsilon, sigma x + alpha v for v.
     if prediction_type == "epsilon":
-        rows[:, op.E] = direction
+        rows[:, E] = direction
     else:
-        rows[:, op.A], rows[:, op.E] = direction * sigma, direction * alpha
-    rows[:, op.S] = variance.sqrt()
+        rows[:, A], rows[:, E] = direction * sigma, direction * alpha
+    rows[:, S] = variance.sqrt()
     return SolverTable(rows, timesteps, f"ddim (eta {eta:g}), {prediction_type}, {steps} steps")
 
 
@@ -138,11 +138,11 @@ def ddpm(alphas_cumprod: Tensor, steps: int, prediction_type: str) -> SolverTabl
     beta = 1 - alpha_bar / alpha_bar_next
 
     rows = _rows(timesteps)
-    rows[:, op.P], rows[:, op.Q] = _to_data("ddpm", prediction_type, alpha, sigma)
-    rows[:, op.A] = (alpha_bar / alpha_bar_next).sqrt() * (1 - alpha_bar_next) / (1 - alpha_bar)
-    rows[:, op.B] = alpha_bar_next.sqrt() * beta / (1 - alpha_bar)
+    rows[:, P], rows[:, Q] = _to_data("ddpm", prediction_type, alpha, sigma)
+    rows[:, A] = (alpha_bar / alpha_bar_next).sqrt() * (1 - alpha_bar_next) / (1 - alpha_bar)
+    rows[:, B] = alpha_bar_next.sqrt() * beta / (1 - alpha_bar)
     # 0 at the last step, where alpha_bar_next is 1.
-    rows[:, op.S] = (beta * (1 - alpha_bar_next) / (1 - alpha_bar)).sqrt()
+    rows[:, S] = (beta * (1 - alpha_bar_next) / (1 - alpha_bar)).sqrt()
     return SolverTable(rows, timesteps, f"ddpm, {prediction_type}, {steps} steps")
 
 
@@ -157,16 +157,16 @@ def flow_euler(steps: int) -> SolverTable:
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     timesteps = 1000 * t[:-1]
     rows = _rows(timesteps)
-    rows[:, op.P], rows[:, op.Q] = 1.0, -t[:-1]
-    rows[:, op.A] = 1.0
-    rows[:, op.E] = t[1:] - t[:-1]
+    rows[:, P], rows[:, Q] = 1.0, -t[:-1]
+    rows[:, A] = 1.0
+    rows[:, E] = t[1:] - t[:-1]
     return SolverTable(rows, timesteps, f"euler, flow, {steps} steps")
 
 
 def build_table(solver: str, steps: int, prediction_type: str, schedule_name: str) -> SolverTable:
     """The table of a solver by its name in `SOLVERS`, with its default options.
 
-    `schedule_name` (`fastlatent.diffusion.schedules`, T = 1000) says nothing to euler, whose path is straight.
+    `schedule_name` (`fastlatent.diffusion.schedules`, T = 1000) is not used by euler, whose path is straight.
 
     Raises:
         ValueError: a name is unknown, steps is out of range, or euler and flow are not together.
@@ -175,15 +175,22 @@ def build_table(solver: str, steps: int, prediction_type: str, schedule_name: st
         raise ValueError(f"build_table: expected a solver of {', '.join(SOLVERS)}, got {solver!r}")
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
-            f"build_table: expected a prediction_type of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
+            f"build_table: expected a prediction_type of {', '.join(PREDICTION_TYPES)}, "
+            f"got {prediction_type!r}"
         )
     if (solver == "euler") != (prediction_type == "flow"):
         wanted = "flow" if solver == "euler" else "epsilon or v_prediction"
-        raise ValueError(f"build_table: expected prediction_type {wanted} for {solver}, got {prediction_type}")
+        raise ValueError(
+            f"build_table: expected prediction_type {wanted} for {solver}, got {prediction_type}"
+        )
     if solver == "euler":
         return flow_euler(steps)
-    build = {"dpmsolver++": dpmsolver_pp, "ddim": ddim, "ddpm": ddpm}[solver]
-    return build(schedule_by_name(schedule_name), steps, prediction_type)
+    schedule = schedule_by_name(schedule_name)
+    if solver == "dpmsolver++":
+        return dpmsolver_pp(schedule, steps, prediction_type)
+    if solver == "ddim":
+        return ddim(schedule, steps, prediction_type)
+    return ddpm(schedule, steps, prediction_type)
 
 
 def _check_steps(name: str, steps: int, train_timesteps: int) -> None:
@@ -192,9 +199,9 @@ def _check_steps(name: str, steps: int, train_timesteps: int) -> None:
 
 
 def _rows(timesteps: Tensor) -> Tensor:
-    rows = torch.zeros(len(timesteps), op.ROW, dtype=torch.float64)
-    rows[:, op.R] = torch.inf
-    rows[:, op.T] = timesteps
+    rows = torch.zeros(len(timesteps), ROW, dtype=torch.float64)
+    rows[:, R] = torch.inf
+    rows[:, T] = timesteps
     return rows
 
 
@@ -208,7 +215,7 @@ def _shifted(values: Tensor, final: float) -> Tensor:
 
 
 def _leading(name: str, alphas_cumprod: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Timesteps with "leading" spacing, and alphas_cumprod at each step's start and end (1 after the last)."""
+    """Timesteps with "leading" spacing, and alphas_cumprod at each step's start and end (finally 1)."""
     _check_steps(name, steps, len(alphas_cumprod))
     timesteps = torch.arange(steps).flip(0) * (len(alphas_cumprod) // steps)
     alpha_bar = alphas_cumprod[timesteps]

@@ -1,4 +1,4 @@
-"""Images as arrays: decoding, the centre crop of ADM, and the range that models see. numpy and Pillow only."""
+"""Images as arrays: decoding, the centre crop of ADM, and the range that models see. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 DECODE_RULE = "pillow-1"
 """The name, kept in provenance, of what `read_image` does to a file:
 
-- decoded by Pillow as BMP, GIF, JPEG, PNG, PPM/PGM/PFM, TIFF or WebP, whatever the file's name says; the first frame
-  of an animation or first page of a TIFF;
+- decoded by Pillow as BMP, GIF, JPEG, PNG, PPM/PGM/PFM, TIFF or WebP, whatever the file's name says;
+  the first frame of an animation or first page of a TIFF;
 - EXIF orientation applied; an orientation that cannot be read counts as upright;
-- grey of 16 or 32 bits (unsigned) divided by its largest value, floats taken as they are: both float32 in [0, 1];
+- grey of 16 or 32 bits (unsigned) divided by its largest value, floats taken as they are: float32 in [0, 1];
 - everything else uint8. Colour of 16 bits per channel is among it: Pillow keeps the upper 8;
-- palette, CMYK, YCbCr and grey + alpha converted to RGB by Pillow; alpha dropped, never blended; colour profiles ignored;
+- palette, CMYK, YCbCr and grey + alpha converted to RGB by Pillow; alpha dropped, never blended; colour
+  profiles ignored;
 - channels=3 repeats grey; channels=1 takes Pillow's luma of the RGB pixels, (299 R + 587 G + 114 B) / 1000.
 """
 
@@ -54,8 +55,8 @@ def read_image(data: bytes, *, channels: int) -> np.ndarray:
         [H, W, channels], uint8, or float32 in [0, 1] for grey of more than 8 bits; writable, C-contiguous.
 
     Raises:
-        ImageError: the file is empty, truncated, broken, larger than MAX_PIXELS, of no readable format, or has float
-            pixels outside [0, 1] or signed integer pixels.
+        ImageError: the file is empty, truncated, broken, larger than MAX_PIXELS or of no readable format, or
+            has float pixels outside [0, 1] or signed integer pixels.
         ValueError: channels is not 1 or 3, or Pillow has been told to accept truncated files.
     """
     if channels not in (1, 3):
@@ -70,7 +71,7 @@ def read_image(data: bytes, *, channels: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} accepted")
+                raise ImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             image.load()
             return _pixels(image, channels)
     except (ImageError, MemoryError):  # running out of memory is no property of the file
@@ -106,12 +107,12 @@ def _pixels(image: Image.Image, channels: int) -> np.ndarray:
     return np.array(rgb_or_grey)
 
 
-def _orientation(image: Image.Image) -> object:
+def _orientation(image: Image.Image) -> int:
     # Pillow has already turned a TIFF while loading it, and forgotten its orientation.
     try:
-        return image.getexif().get(ORIENTATION_TAG)
+        return image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # as many types as above; thousands of photographs carry broken EXIF and fine pixels
-        return None
+        return 1
 
 
 def _unit_range(image: Image.Image) -> np.ndarray:
@@ -135,24 +136,25 @@ def _unit_range(image: Image.Image) -> np.ndarray:
 
 
 def center_crop(image: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scale the shorter side to `size` and cut the centre: `center_crop_arr` of ADM (Dhariwal and Nichol 2021), as
-    DiT, MAR and LatentLM use it.
+    """Scale the shorter side to `size` and cut the centre: `center_crop_arr` of ADM (Dhariwal and Nichol,
+    2021), used by DiT, MAR and LatentLM.
 
     Halve (floor) with the box filter while the shorter side is at least 2·size, then one bicubic resize to
-    (round(w·s), round(h·s)), s = size / min(w, h), then cut at ((h - size) // 2, (w - size) // 2). Smaller images
-    are enlarged. float32 pixels go through the same filters channel by channel and are clamped to [0, 1], as Pillow
-    clamps uint8 ones to [0, 255].
+    (round(w·s), round(h·s)), s = size / min(w, h), then cut at ((h - size) // 2, (w - size) // 2). Smaller
+    images are enlarged. float32 pixels go through the same filters channel by channel and are clamped to
+    [0, 1], as Pillow clamps uint8 ones to [0, 255].
 
     Args:
         image: [H, W, 1 or 3] uint8, or float32 in [0, 1].
         size: pixels, at least 1.
 
     Returns:
-        pixels [size, size, C] of the image's dtype, and the crop (top, left, height, width) int32 [4] in pixels of the
-        image passed in, each rounded to the nearest integer: the region that the square shows.
+        pixels [size, size, C] of the image's dtype, and the crop (top, left, height, width) int32 [4]: the
+        region that the square shows, in pixels of the image passed in, each rounded to the nearest integer.
 
     Raises:
-        ImageError: the resized image would have more than MAX_PIXELS, because one side is thousands of times the other.
+        ImageError: the resized image would have more than MAX_PIXELS, because one side is thousands of times
+            the other.
         ValueError: shape, dtype or size is not as above.
     """
     _check_image("center_crop", image)
@@ -182,8 +184,8 @@ def _adm_resize(image: Image.Image, size: int) -> Image.Image:
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"{image.width} x {image.height} pixels would become {width} x {height} before the crop to {size}, more "
-            f"than the {MAX_PIXELS} accepted"
+            f"{image.width} x {image.height} pixels would become {width} x {height} before the crop, more "
+            f"than {MAX_PIXELS}: one side is too many times the other"
         )
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -200,8 +202,8 @@ def to_model_range(image: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C]: clamp, (x + 1) · 127.5 in float32, round half to even.
-    The exact inverse of `to_model_range` for every uint8 value.
+    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C]: clamp, (x + 1) · 127.5 in float32, round half to
+    even. The exact inverse of `to_model_range` for every uint8 value.
 
     Raises:
         ValueError: pixels is not a float array of four dimensions, or holds NaN.
@@ -211,7 +213,7 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     values = pixels.astype(np.float32)
     nans = int(np.isnan(values).sum())
     if nans:
-        raise ValueError(f"to_uint8: {nans} of {values.size} pixels are NaN; look for the step that made them")
+        raise ValueError(f"to_uint8: {nans} of {values.size} pixels are NaN; find the step that made them")
     return np.rint((values.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8).transpose(0, 2, 3, 1).copy()
 
 

@@ -18,8 +18,8 @@ MIN_CELL = 64  # pixels; smaller images are enlarged so that a person can see th
 
 
 def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Write uint8 [H, W, 1 or 3] as a PNG. Like every function here it creates missing parent folders, writes beside
-    `path` under a temporary name and renames: a failure leaves what was at `path`.
+    """Write uint8 [H, W, 1 or 3] as a PNG. Like every function here it creates missing parent folders, writes
+    beside `path` under a temporary name and renames: a failure leaves what was at `path`.
 
     Raises:
         ValueError: dtype or shape is not as above.
@@ -42,7 +42,8 @@ def save_sheet(
     Args:
         images: uint8 [N, H, W, 1 or 3], N at least 1.
         columns: cells in a row; fewer images make a narrower sheet.
-        scale: whole factor by which pixels are repeated; None: the smallest that makes H and W at least MIN_CELL.
+        scale: whole factor by which pixels are repeated; None: the smallest that makes H and W at least
+            MIN_CELL.
         labels: N texts, one under each cell, cut off at its width; characters beyond ASCII are shown escaped.
 
     Raises:
@@ -76,7 +77,8 @@ def save_sheet(
 def save_loss_curve(
     path: str | os.PathLike[str], steps: Sequence[float], series: Mapping[str, Sequence[float]], title: str
 ) -> None:
-    """Write a PNG with one line per series over `steps`; the y axis is logarithmic if every finite value is positive.
+    """Write a PNG with one line per series over `steps`; the y axis is logarithmic if every finite value is
+    positive.
 
     Raises:
         ValueError: no steps, no series, or a series of another length than steps.
@@ -86,7 +88,7 @@ def save_loss_curve(
         raise ValueError(f"save_loss_curve: expected steps and series, got {len(steps)} and {len(series)}")
     for name, values in series.items():
         if len(values) != len(steps):
-            raise ValueError(f"save_loss_curve: series {name!r} has {len(values)} values for {len(steps)} steps")
+            raise ValueError(f"save_loss_curve: {name!r} has {len(values)} values for {len(steps)} steps")
     # Imported here: it takes 0.3 s, and most runs draw no curve. pyplot would keep global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -113,7 +115,7 @@ def save_loss_curve(
 def _check(caller: str, images: np.ndarray, axes: str, ndim: int) -> None:
     if images.dtype != np.uint8 or images.ndim != ndim or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise ValueError(
-            f"{caller}: expected uint8 [{axes}, 1 or 3] without empty axes, got {images.dtype} {list(images.shape)}"
+            f"{caller}: expected uint8 [{axes}, 1 or 3], none of them 0, got {images.dtype} {images.shape}"
         )
 
 

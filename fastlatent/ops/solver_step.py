@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlatent import _native
 from fastlatent.ops._library import LIBRARY
 
-# Columns of a coefficient row; the last two of its 16 are spare, so that a float32 row is one 64-byte cache line.
+# Columns of a coefficient row. The last two of its 16 are spare: a float32 row fills one 64-byte cache line.
 ROW = 16
 P, Q, R, A, F, B, C, D, E, S, L0, L1, BASE, T = range(14)
 
@@ -29,8 +29,8 @@ def solver_step(
         x'     = a*x + f*x_base + b*data + c*D1 + d*D2 + e*o + s*z * exp((l0 + l1*(v + 1)/2) / 2)
         state  = (x', data, D1, x_base)
 
-    The exp factor is 1 unless the network predicts its variance (DDPM's learned range, Nichol & Dhariwal 2021),
-    where v is the second half of way 0's output. Tables of rows come from `fastlatent.diffusion.solvers`.
+    The exp factor is 1 unless the network predicts its variance (learned range, Nichol & Dhariwal 2021); then
+    v is the second half of way 0's output. Tables of rows come from `fastlatent.diffusion.solvers`.
 
     Args:
         state: contiguous float32 or float64 [4, B, C] = (x, D1, D2, x_base). Zero the last three before the
@@ -66,25 +66,25 @@ def solver_step(
             f"solver_step: expected output [W >= 1, {batch}, {channels} or {2 * channels}] of one of "
             f"{', '.join(_native.DTYPE_CODES)}, got {_describe(output)}"
         )
-    shapes = {"guidance": (guidance, (output.shape[0], batch)), "row": (row, (ROW,))}
+    named = {"state": state, "output": output, "guidance": guidance, "row": row}
+    shapes = {"guidance": (output.shape[0], batch), "row": (ROW,)}
     if noise is not None:
-        shapes["noise"] = (noise, (batch, channels))
-    for name, (tensor, shape) in shapes.items():
-        if tensor.shape != shape or tensor.dtype != state.dtype:
+        named["noise"] = noise
+        shapes["noise"] = (batch, channels)
+    for name, shape in shapes.items():
+        if named[name].shape != shape or named[name].dtype != state.dtype:
             raise ValueError(
-                f"solver_step: expected {name} {list(shape)} of {state.dtype}, got {_describe(tensor)}"
+                f"solver_step: expected {name} {list(shape)} of {state.dtype}, got {_describe(named[name])}"
             )
-    for name, tensor in {"state": state, "output": output, "guidance": guidance, "row": row, "noise": noise}.items():
-        if tensor is None:
-            continue
+    for name, tensor in named.items():
         if tensor.device != state.device:
             raise ValueError(
                 f"solver_step: expected {name} on {state.device} like state, got {_describe(tensor)}"
             )
         if tensor.requires_grad:
             raise ValueError(
-                f"solver_step: {name} requires grad, and this op has no gradient: sample under torch.no_grad(), "
-                "or call solver_step_reference's formula on your own tensors"
+                f"solver_step: expected inputs without gradient, got {name} that requires grad; this op only "
+                "runs forward: compute it under torch.no_grad() or detach it"
             )
     torch.ops.fastlatent.solver_step.default(state, output, guidance, row, noise)
 
@@ -111,7 +111,8 @@ def solver_step_reference(
     state.copy_(torch.stack((following, data, d1, base)))
 
 
-def _cpu(state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Tensor | None) -> None:
+# The dispatcher leaves out a trailing argument that equals its default, so each backend repeats `noise=None`.
+def _cpu(state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Tensor | None = None) -> None:
     output, guidance, row = output.contiguous(), guidance.contiguous(), row.contiguous()
     noise = None if noise is None else noise.contiguous()
     ways, batch, out_channels = output.shape
@@ -122,7 +123,7 @@ def _cpu(state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Te
     )  # fmt: skip
 
 
-def _cuda(state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Tensor | None) -> None:
+def _cuda(state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Tensor | None = None) -> None:
     from fastlatent.kernels.solver_step import solver_step_triton
 
     with torch.cuda.device(state.device):

@@ -39,11 +39,11 @@ class ImageFolder:
 def scan_image_folder(root: str | os.PathLike[str]) -> ImageFolder:
     """List the images below `root` without opening any of them.
 
-    Every sub-folder of the root is a class, with or without images (a missing class must not shift the others'
-    labels); images count at any depth below it. A root with images of its own and none in sub-folders is flat.
-    Names with a leading dot are ignored. Symbolic links are followed, except into a folder that the path already
-    runs through. A link to nothing is listed if its name is an image's, so that reading it reports it; pipes,
-    sockets and devices are not listed.
+    Every sub-folder of the root is a class, with or without images (a missing class must not shift the
+    labels of the others); images count at any depth below it. A root with images of its own and none in
+    sub-folders is flat. Names with a leading dot are ignored. Symbolic links are followed, except into a
+    folder that the path already runs through. A link to nothing is listed if its name is an image's, so that
+    reading it reports it; pipes, sockets and devices are not listed.
 
     Raises:
         ValueError: root is missing or no folder, holds no image at all, or holds images both directly and in
@@ -109,13 +109,17 @@ def _list_folder(
                 continue
             if _is_folder(entry):
                 folders.append(name)
-            elif os.path.splitext(name)[1].lower() in EXTENSIONS and (entry.is_symlink() or entry.is_file()):
+            elif os.path.splitext(name)[1].lower() in EXTENSIONS and _is_file_or_broken_link(entry):
                 images.append(name)
     return images, folders, (*ancestors, identity)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False  # a link that leads round to itself (ELOOP)
+    # os.path.isdir is False for a link that leads round to itself, where DirEntry.is_dir raises (ELOOP).
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_file_or_broken_link(entry: os.DirEntry[str]) -> bool:
+    if entry.is_symlink():
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+    return entry.is_file()

@@ -1,0 +1,76 @@
+"""diffusers' AutoencoderKL behind the Autoencoder protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from fastlatent.pipeline.checkpoints import resolve
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Config entries that name a file, a version or a normalisation, and change no byte of the output.
+_NOT_IDENTITY = {"_name_or_path", "_diffusers_version", "scaling_factor", "shift_factor", "latents_mean", "latents_std"}
+
+
+class KLAutoencoder:
+    """An AutoencoderKL for encoding and decoding; evaluation mode, no gradients."""
+
+    def __init__(self, model: AutoencoderKL, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.model = model.to(device, dtype).eval().requires_grad_(False)
+        self.device, self.dtype = torch.device(device), dtype
+        self.pixel_channels: int = model.config.in_channels
+        self.latent_channels: int = model.config.latent_channels
+        self.downsample: int = 2 ** (len(model.config.block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        posterior = self.model.encode(pixels.to(self.device, self.dtype)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.model.decode(latents.to(self.device, self.dtype)).sample.float()
+
+    def identity(self) -> dict[str, Any]:
+        config = {k: v for k, v in self.model.config.items() if k not in _NOT_IDENTITY}
+        return {
+            "class": "AutoencoderKL",
+            "config": json.loads(json.dumps(config, sort_keys=True)),
+            "weights": tensors_digest(self.model.state_dict()),
+        }
+
+
+def load_autoencoder(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> KLAutoencoder:
+    """Load a diffusers AutoencoderKL folder, or the newest checkpoint of a `train vae` run.
+
+    Raises:
+        ValueError: the folder is not there, holds something else, or its weights do not fit its config.
+    """
+    folder = resolve(path, WEIGHTS, "autoencoder")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"autoencoder: {folder / 'config.json'} is not JSON: {error}") from None
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name != "AutoencoderKL":
+        raise ValueError(f"autoencoder: expected {folder}/config.json of an AutoencoderKL, got _class_name {name!r}")
+    try:
+        model = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    except Exception as error:  # diffusers and safetensors raise many kinds; every one means this folder is unusable
+        raise ValueError(f"autoencoder: {folder} does not load: {' '.join(str(error).split())[:300]}") from error
+    return KLAutoencoder(model, device, dtype)
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and contents, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,81 @@
+"""Checkpoint folders: `RUN/checkpoint-000500/`, complete or not there at all. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from fastlatent.store.files import fsync_directory
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name, or None."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    if not run.is_dir():
+        return []
+    found = [(step, folder) for folder in run.iterdir() if (step := step_of(folder)) is not None and folder.is_dir()]
+    return [folder for _, folder in sorted(found)]
+
+
+def resolve(path: str | Path, weights: str, what: str) -> Path:
+    """The folder that holds config.json and `weights`: `path` itself, or the newest checkpoint of the run `path`.
+
+    Raises:
+        ValueError: there is none; `what` says what was looked for.
+    """
+    path = Path(path)
+    candidates = [path, *reversed(checkpoints(path))]
+    for folder in candidates:
+        if (folder / "config.json").is_file() and (folder / weights).is_file():
+            return folder
+    if not path.exists():
+        raise ValueError(f"{what}: {path} does not exist")
+    raise ValueError(
+        f"{what}: expected config.json and {weights} in {path} or in its checkpoint-* folders, found "
+        f"{', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}"
+        if path.is_dir()
+        else f"{what}: expected a folder with config.json and {weights}, got the file {path}"
+    )
+
+
+def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Write RUN/checkpoint-{step} in one go: `write` fills a temporary folder, which is synced and renamed.
+
+    Only then are all but the newest `keep` checkpoints removed. If anything fails, the older ones are as before.
+    """
+    final = run / f"checkpoint-{step:06d}"
+    temporary = run / f".tmp-{final.name}-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        for root, _, files in os.walk(temporary):
+            for name in files:
+                with open(os.path.join(root, name), "rb") as file:
+                    os.fsync(file.fileno())
+            fsync_directory(Path(root))
+        if final.exists():  # the same step again, from the same state: nothing is lost in between
+            final.rename(run / f".tmp-old-{uuid.uuid4().hex}")
+        temporary.rename(final)
+        fsync_directory(run)
+    finally:
+        remove_temporaries(run)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def remove_temporaries(run: Path) -> None:
+    """Delete what a killed `save` left."""
+    for left in run.glob(".tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,358 @@
+"""Open a dataset: everything but the latents themselves is checked here, once; shards open when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlatent.store.build import lock_holder, plan_path, read_journals, read_plan
+from fastlatent.store.files import canonical_json, hexadecimal, inside, member, natural, parse_json, read_bytes
+from fastlatent.store.provenance import fingerprint as fingerprint_of
+from fastlatent.store.records import FORMAT, ROOT, Bucket, FileRecord, Quarantined, ShardRecord, decode_key
+from fastlatent.store.shard import Shard
+from fastlatent.store.statistics import Statistics
+
+PROVENANCE = "provenance.json"
+KNOWN_FIELDS = frozenset({"moments"})  # payloads this reader understands
+# index column -> (dtype in the file, sizes after the row axis)
+INDEX_COLUMNS = {
+    "key_hash": ("U64", ()), "bucket": ("U16", ()), "shard": ("U32", ()), "row": ("U32", ()), "label": ("I64", ()),
+    "src_size": ("U64", ()), "src_mtime_ns": ("I64", ()), "src_xxh3": ("U64", (2,)), "orig_hw": ("I32", (2,)),
+    "crop": ("I32", (4,)),
+}  # fmt: skip
+# The same for the columns of a shard beside `moments`.
+SHARD_COLUMNS = {
+    "sample_id": ("U64", ()), "src_xxh3": ("U64", (2,)), "orig_hw": ("I32", (2,)), "crop": ("I32", (4,)),
+    "row_xxh3": ("U64", ()),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Rows in the index, shards in the manifests and their bytes, files in quarantine."""
+
+    rows: int
+    shards: int
+    bytes: int
+    quarantined: int
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One generation of a dataset. Row i of every index column describes sample i; samples are in key order.
+
+    Index columns are views over one private mapping, shared with other processes until something writes to them:
+        key_hash uint64 [N], bucket uint16 [N], shard uint32 [N] (into `shards`), row uint32 [N] (of that shard),
+        label int64 [N] (into `classes`; -1: none), src_size uint64 [N], src_mtime_ns int64 [N],
+        src_xxh3 uint64 [N, 2] (upper and lower half of xxh3_128), orig_hw int32 [N, 2],
+        crop int32 [N, 4] (top, left, height, width in the original image).
+    """
+
+    path: Path
+    generation: int
+    fingerprint: str
+    provenance: dict[str, Any]
+    classes: list[str]
+    totals: Totals
+    buckets: list[Bucket]
+    shards: list[ShardRecord]
+    statistics: Statistics
+    root: dict[str, Any]  # dataset.json itself
+    quarantine: list[dict[str, Any]]
+    index: dict[str, np.ndarray]
+    _open_shards: dict[int, Shard]
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name in INDEX_COLUMNS:
+            return self.index[name]
+        raise AttributeError(name)
+
+    @classmethod
+    def open(cls, path: Path | str) -> Dataset:
+        """Open the current generation.
+
+        Raises:
+            ValueError: no dataset there, one that is not finished, another format version, or damage anywhere but
+                in the latents; it names the file, what was expected and what came.
+        """
+        path = Path(path)
+        root = read_root(path)
+        what = str(path / ROOT)
+        provenance = read_provenance(path)
+        fingerprint = hexadecimal(root, "fingerprint", 64, what)
+        if fingerprint_of(provenance["hashed"]) != fingerprint:
+            raise ValueError(
+                f"{path / PROVENANCE}: expected what has the fingerprint {fingerprint}, got "
+                f"{fingerprint_of(provenance['hashed'])}: the file was edited; restore it from a copy"
+            )
+        classes = member(root, "classes", list, what)
+        if not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"{what}: 'classes': expected strings, got {classes!r:.200}")
+        buckets = [Bucket.parse(one, f"{what}: buckets") for one in member(root, "buckets", list, what)]
+        shards = _read_manifests(path, root, fingerprint, buckets)
+        recorded = FileRecord.parse(member(root, "statistics", dict, what), f"{what}: statistics")
+        statistics = Statistics.from_dict(parse_json(recorded.read(path), recorded.path), str(path / recorded.path))
+        totals = Totals(
+            **{name: natural(member(root, "totals", dict, what), name, what) for name in Totals.__annotations__}
+        )
+        dataset = cls(
+            path=path,
+            generation=natural(root, "generation", what),
+            fingerprint=fingerprint,
+            provenance=provenance,
+            classes=classes,
+            totals=totals,
+            buckets=buckets,
+            shards=shards,
+            statistics=statistics,
+            root=root,
+            quarantine=_read_quarantine(path, root),
+            index=_read_index(path, root, fingerprint),
+            _open_shards={},
+        )
+        dataset._check_totals()
+        return dataset
+
+    def __len__(self) -> int:
+        return self.totals.rows
+
+    def key(self, i: int) -> str:
+        """The key of sample i: its relative POSIX path."""
+        start, end = self.index["key.offsets"][i : i + 2].tolist()
+        return decode_key(self.index["key.utf8"][start:end].tobytes())
+
+    @property
+    def quarantined(self) -> list[Quarantined]:
+        """Files of this generation's scan that did not become samples, in key order."""
+        return [Quarantined.parse(one, "quarantine") for one in self.quarantine]
+
+    def open_shard(self, i: int) -> Shard:
+        """Shard i, mapped; kept open. Its size, its header (by digest) and its columns are checked, the latents not.
+
+        Raises:
+            ValueError: missing, truncated, extended, or with another header than the one that was committed.
+        """
+        if i not in self._open_shards:
+            self._open_shards[i] = open_checked(self.path, self.shards[i], self.buckets, self.fingerprint)
+        return self._open_shards[i]
+
+    def _check_totals(self) -> None:
+        """Raise ValueError where index, manifests and totals contradict each other."""
+        what = f"{self.path / ROOT}: expected it to agree with the files it names"
+        index, shards = self.index, self.shards
+        rows = np.array([shard.rows for shard in shards], np.uint64)
+        of = np.array([shard.bucket for shard in shards], np.uint64)
+        found = Totals(len(index["row"]), len(shards), sum(shard.bytes for shard in shards), len(self.quarantine))
+        if found != self.totals or not found.rows:
+            raise ValueError(f"{what}, got totals {self.totals} beside {found}")
+        if index["shard"].max() >= len(shards) or (index["row"] >= rows[index["shard"]]).any():
+            raise ValueError(f"{what}, got an index that points past the end of a shard")
+        if (index["bucket"] != of[index["shard"]]).any():
+            raise ValueError(f"{what}, got an index and a manifest that give a shard different buckets")
+        counts = np.bincount(index["bucket"], minlength=len(self.buckets)).tolist()
+        if counts != [bucket.rows for bucket in self.buckets]:
+            raise ValueError(f"{what}, got buckets {self.buckets} beside {counts} rows in the index")
+        if index["label"].min() < -1 or index["label"].max() >= len(self.classes):
+            raise ValueError(f"{what}, got labels outside -1 to {len(self.classes) - 1}")
+        channels = {bucket.shape[1] // 2 for bucket in self.buckets}
+        if channels != {len(self.statistics.mean)}:
+            raise ValueError(f"{what}, got statistics of {len(self.statistics.mean)} channels, not {channels}")
+
+
+@dataclass
+class BuildState:
+    """How far an encode is: of the plan of the coming generation, or zeros while the files are still being read.
+
+    `bytes` are those of the finished shards; `writer` is "pid N on HOST", None where the encode was interrupted.
+    """
+
+    planned_units: int
+    done_units: int
+    planned_rows: int
+    done_rows: int
+    quarantined: int
+    bytes: int
+    writer: str | None
+    last_generation: int | None
+
+
+def build_state(path: Path | str) -> BuildState | None:
+    """The encode that is going on in `path`, or was interrupted there; None where there is neither.
+
+    Raises:
+        ValueError: a damaged dataset.json, plan or journal.
+    """
+    path = Path(path)
+    writer = lock_holder(path)
+    last = natural(read_root(path), "generation", str(path / ROOT)) if (path / ROOT).exists() else None
+    coming = (last or 0) + 1
+    units = []
+    if plan_path(path, coming).exists():
+        units = read_plan(path, coming, fingerprint_of(read_provenance(path)["hashed"]))
+    elif writer is None:
+        return None
+    journal = read_journals(path, coming)
+    done = [journal[unit.id] for unit in units if unit.id in journal]
+    return BuildState(
+        planned_units=len(units),
+        done_units=len(done),
+        planned_rows=sum(len(unit.items) for unit in units),
+        done_rows=sum(committed.shard.rows for committed in done if committed.shard),
+        quarantined=sum(len(committed.quarantined) for committed in done),
+        bytes=sum(committed.shard.bytes for committed in done if committed.shard),
+        writer=writer,
+        last_generation=last,
+    )
+
+
+def read_root(path: Path) -> dict[str, Any]:
+    """dataset.json, its format, its own digest and its required fields checked.
+
+    Raises:
+        ValueError: missing (it says whether an encode is going on), damaged, or of a version not known here.
+    """
+    file = path / ROOT
+    if not file.is_file():
+        raise ValueError(f"{file}: {_why_missing(path)}")
+    root = parse_json(read_bytes(file), str(file))
+    if member(root, "format", str, str(file)) != FORMAT:
+        raise ValueError(
+            f"{file}: expected format {FORMAT!r}, got {root['format']!r:.100}: use the version of fastlatent that "
+            "wrote it, or a newer one"
+        )
+    stated = hexadecimal(root, "xxh3_128", 32, str(file))
+    if stated != root_digest(root):
+        raise ValueError(
+            f"{file}: expected contents with xxh3_128 {stated}, got {root_digest(root)}: the file was edited or "
+            "damaged; restore it from a copy, or encode into a new folder"
+        )
+    for field in member(root, "fields", list, str(file)):
+        name = member(field, "name", str, f"{file}: fields")
+        if field.get("required") is not False and name not in KNOWN_FIELDS:
+            raise ValueError(
+                f"{file}: fields: expected only {sorted(KNOWN_FIELDS)} to be required, got {name!r:.100}: use a newer "
+                "version of fastlatent"
+            )
+    return root
+
+
+def root_digest(root: Mapping[str, Any]) -> str:
+    """xxh3_128 of dataset.json's canonical JSON without the member "xxh3_128" that holds it."""
+    return FileRecord.of(ROOT, canonical_json({k: v for k, v in root.items() if k != "xxh3_128"})).xxh3_128
+
+
+def _why_missing(path: Path) -> str:
+    if not path.is_dir():
+        return f"expected a dataset, got no folder {path}"
+    state = build_state(path)
+    if state is not None and state.writer is not None:
+        return f"the first encode is still going on ({state.writer}, {_progress(state)}); wait until it has finished"
+    if state is not None:
+        return f"an encode was interrupted ({_progress(state)}): rerun the same encode command, it goes on from there"
+    if (path / PROVENANCE).exists():
+        return "an encode was interrupted before its first unit: rerun the same encode command"
+    return f"expected a dataset, got a folder with {sorted(p.name for p in path.iterdir())[:5]}"
+
+
+def _progress(state: BuildState) -> str:
+    return f"{state.done_units} of {state.planned_units} units done"
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """provenance.json: {"hashed": what the fingerprint is of, "informational": what does not decide bytes}."""
+    file = path / PROVENANCE
+    value = parse_json(read_bytes(file), str(file))
+    member(value, "hashed", dict, str(file))
+    member(value, "informational", dict, str(file))
+    return value
+
+
+def open_checked(path: Path, record: ShardRecord, buckets: list[Bucket], fingerprint: str) -> Shard:
+    """Open one shard and hold it against its manifest record."""
+    file = inside(path, record.path, "manifest")
+    shard = Shard.open(file, expected_bytes=record.bytes)
+    bucket, rows = buckets[record.bucket], record.rows
+    expected: dict[str, object] = {
+        "header_bytes": record.header_bytes,
+        "header_xxh3_64": record.header_xxh3_64,
+        "fls.format": FORMAT,
+        "fls.fingerprint": fingerprint,
+        "fls.unit": record.unit,
+        "moments": (bucket.dtype, (rows, *bucket.shape)),
+        "key.offsets": ("U64", (rows + 1,)),
+    } | {name: (dtype, (rows, *rest)) for name, (dtype, rest) in SHARD_COLUMNS.items()}
+    found: dict[str, object] = {"header_bytes": shard.header_bytes, "header_xxh3_64": shard.header_xxh3_64}
+    found |= shard.metadata
+    found |= {name: (dtype, shard.columns[name].shape) for name, dtype in shard.dtypes.items()}
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{file}: {name}: expected {value!r}, got {found.get(name)!r:.200}: the header is damaged, or the "
+                "file is of another dataset; restore it from a copy"
+            )
+    check_keys(shard.columns, shard.dtypes, str(file))
+    return shard
+
+
+def check_keys(columns: dict[str, np.ndarray], dtypes: dict[str, str], what: str) -> None:
+    """Raise ValueError unless key.offsets rise from 0 to the length of key.utf8."""
+    offsets, utf8 = columns["key.offsets"], columns.get("key.utf8")
+    if utf8 is None or dtypes["key.utf8"] != "U8" or utf8.ndim != 1:
+        raise ValueError(f"{what}: expected a column key.utf8 of U8 [bytes], got {dtypes.get('key.utf8')}")
+    if offsets[0] != 0 or offsets[-1] != len(utf8) or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"{what}: expected key.offsets to rise from 0 to {len(utf8)}, got {offsets!r:.200}")
+
+
+def _read_manifests(
+    path: Path, root: dict[str, Any], fingerprint: str, buckets: list[Bucket]
+) -> list[ShardRecord]:
+    shards = []
+    for entry in member(root, "manifests", list, str(path / ROOT)):
+        record = FileRecord.parse(entry, f"{path / ROOT}: manifests")
+        what = str(path / record.path)
+        manifest = parse_json(record.read(path), what)
+        for name, expected in (("format", FORMAT), ("fingerprint", fingerprint)):
+            if member(manifest, name, str, what) != expected:
+                raise ValueError(f"{what}: {name!r}: expected {expected!r}, got {manifest[name]!r:.100}")
+        shards += [ShardRecord.parse(one, f"{what}: shards") for one in member(manifest, "shards", list, what)]
+    for shard in shards:
+        if shard.bucket >= len(buckets):
+            raise ValueError(f"{path / ROOT}: expected {shard.bucket + 1} buckets for {shard.path}, got {len(buckets)}")
+        inside(path, shard.path, "manifest")
+    return shards
+
+
+def _read_index(path: Path, root: dict[str, Any], fingerprint: str) -> dict[str, np.ndarray]:
+    records = [FileRecord.parse(one, f"{path / ROOT}: indexes") for one in member(root, "indexes", list, str(path))]
+    if len(records) != 1:
+        raise ValueError(f"{path / ROOT}: 'indexes': expected one file, got {len(records)}: use a newer fastlatent")
+    file = inside(path, records[0].path, str(path / ROOT))
+    shard = Shard.open(file, expected_bytes=records[0].bytes)
+    records[0].check(file, memoryview(shard.mapping))
+    rows = len(shard.columns.get("row", ()))
+    if shard.metadata.get("fls.format") != FORMAT or shard.metadata.get("fls.fingerprint") != fingerprint:
+        raise ValueError(f"{file}: expected the index of {FORMAT} dataset {fingerprint}, got {shard.metadata}")
+    for name, (dtype, rest) in {**INDEX_COLUMNS, "key.offsets": ("U64", ())}.items():
+        expected = (dtype, (rows + (name == "key.offsets"), *rest))
+        found = (shard.dtypes.get(name), shard.columns[name].shape if name in shard.columns else None)
+        if found != expected:
+            raise ValueError(f"{file}: {name!r}: expected {expected}, got {found}")
+    check_keys(shard.columns, shard.dtypes, str(file))
+    return shard.columns
+
+
+def _read_quarantine(path: Path, root: dict[str, Any]) -> list[dict[str, Any]]:
+    if member(root, "quarantine", (dict, type(None)), str(path / ROOT)) is None:
+        return []
+    record = FileRecord.parse(root["quarantine"], f"{path / ROOT}: quarantine")
+    what = str(path / record.path)
+    entries = member(parse_json(record.read(path), what), "files", list, what)
+    for entry in entries:
+        Quarantined.parse(entry, what)
+        natural(entry, "size", what)
+        member(entry, "mtime_ns", int, what)
+    return entries

@@ -1,0 +1,239 @@
+"""The small objects that plan, journal, manifest and dataset.json are made of, each with its parser."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from fastlatent.store.files import canonical_json, hexadecimal, inside, member, natural, read_bytes
+from fastlatent.store.statistics import Statistics
+
+FORMAT = "fls/1"
+ROOT = "dataset.json"
+PAYLOAD_DTYPES = {"F16": 2, "F32": 4, "BF16": 2}  # what `moments` may be stored as -> bytes a value
+MAX_ROW_BYTES = 1 << 32
+
+
+def encode_key(key: str) -> bytes:
+    """The bytes of a key, a relative POSIX path; names that are not UTF-8 keep their bytes (surrogateescape).
+
+    Raises:
+        ValueError: an empty key, or one with a surrogate that stands for no byte.
+    """
+    try:
+        data = key.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"key {key!r}: expected a path as the file system gives it: {error}") from None
+    if not data:
+        raise ValueError("expected a key that is not empty")
+    return data
+
+
+def decode_key(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the dataset other than a shard, named by dataset.json: read whole, so checked whole."""
+
+    path: str
+    bytes: int
+    xxh3_128: str
+
+    @classmethod
+    def of(cls, path: str, data: bytes) -> FileRecord:
+        return cls(path, len(data), xxhash.xxh3_128_hexdigest(data))
+
+    @classmethod
+    def parse(cls, value: object, what: str) -> FileRecord:
+        return cls(member(value, "path", str, what), natural(value, "bytes", what), _digest(value, "xxh3_128", what))
+
+    def check(self, path: Path, data: bytes | memoryview) -> None:
+        """Raise ValueError where the file at `path`, read as `data`, is not the one that was committed."""
+        digest = xxhash.xxh3_128_hexdigest(data)
+        if (len(data), digest) != (self.bytes, self.xxh3_128):
+            raise ValueError(
+                f"{path}: expected {self.bytes} bytes with xxh3_128 {self.xxh3_128}, got {len(data)} bytes with "
+                f"{digest}: the file is damaged; restore it from a copy, or encode into a new folder"
+            )
+
+    def read(self, root: Path) -> bytes:
+        """The file's bytes, checked."""
+        path = inside(root, self.path, str(root / ROOT))
+        data = read_bytes(path)
+        self.check(path, data)
+        return data
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One shape of row: [F, 2C, H, W], F = 1, or 2 with the mirrored image; `rows` of them are in the index."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    rows: int
+
+    @classmethod
+    def parse(cls, value: object, what: str) -> Bucket:
+        shape = tuple(member(value, "shape", list, what))
+        check_shape(shape, what)
+        dtype = member(value, "dtype", str, what)
+        if dtype not in PAYLOAD_DTYPES:
+            raise ValueError(f"{what}: 'dtype': expected one of {sorted(PAYLOAD_DTYPES)}, got {dtype!r:.100}")
+        return cls(shape, dtype, natural(value, "rows", what))
+
+
+def check_shape(shape: tuple[int, ...], what: str) -> None:
+    """Raise ValueError unless `shape` is [F, 2C, H, W] with F = 1 or 2, every size >= 1, and of sane size."""
+    sound = len(shape) == 4 and all(type(size) is int and size >= 1 for size in shape)
+    if not sound or shape[0] > 2 or shape[1] % 2 or math.prod(shape) > MAX_ROW_BYTES // 4:
+        raise ValueError(f"{what}: expected a row shape [F, 2C, H, W] with F = 1 or 2, got {list(shape)!r:.100}")
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of one shard. `statistics` are over all of its rows, also those no key points to now."""
+
+    unit: str
+    path: str
+    bytes: int
+    header_bytes: int
+    header_xxh3_64: str
+    xxh3_128: str
+    rows: int
+    bucket: int
+    first_key: str
+    last_key: str
+    statistics: Statistics
+
+    @classmethod
+    def parse(cls, value: object, what: str) -> ShardRecord:
+        record = cls(
+            unit=_digest(value, "unit", what),
+            path=member(value, "path", str, what),
+            bytes=natural(value, "bytes", what),
+            header_bytes=natural(value, "header_bytes", what),
+            header_xxh3_64=hexadecimal(value, "header_xxh3_64", 16, what),
+            xxh3_128=_digest(value, "xxh3_128", what),
+            rows=natural(value, "rows", what),
+            bucket=natural(value, "bucket", what),
+            first_key=member(value, "first_key", str, what),
+            last_key=member(value, "last_key", str, what),
+            statistics=Statistics.from_dict(member(value, "statistics", dict, what), f"{what}: statistics"),
+        )
+        if not record.rows:
+            raise ValueError(f"{what}: 'rows': expected at least 1, got 0")
+        return record
+
+    def to_dict(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
+            "statistics": self.statistics.to_dict()
+        }
+
+
+@dataclass(frozen=True)
+class PlannedItem:
+    """One file that is to become a row. `digest` is the xxh3_128 (32 hexadecimal digits) of the file's bytes.
+
+    Whoever encodes it should hash the bytes it decodes: a file can change after it was planned.
+    """
+
+    key: str
+    path: str
+    digest: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that becomes one shard of rows of shape `bucket`, its items in key order."""
+
+    id: str
+    bucket: tuple[int, ...]
+    items: tuple[PlannedItem, ...]
+
+    @classmethod
+    def of(cls, fingerprint: str, bucket: tuple[int, ...], items: tuple[PlannedItem, ...]) -> Unit:
+        """The unit whose id follows from (fingerprint, bucket, every key and digest), and from nothing else."""
+        pairs = [[item.key, item.digest] for item in items]
+        return cls(xxhash.xxh3_128_hexdigest(canonical_json([fingerprint, list(bucket), pairs])), bucket, items)
+
+    @classmethod
+    def parse(cls, value: object, fingerprint: str, what: str) -> Unit:
+        """A unit of a plan; the items' paths are not in it and are left empty."""
+        bucket = tuple(member(value, "bucket", list, what))
+        check_shape(bucket, what)
+        items = []
+        for entry in member(value, "items", list, what):
+            if not isinstance(entry, list) or [type(part) for part in entry] != [str, str, int, int]:
+                raise ValueError(f"{what}: expected [key, digest, size, mtime_ns], got {entry!r:.100}")
+            items.append(PlannedItem(entry[0], "", *entry[1:]))
+        unit = cls.of(fingerprint, bucket, tuple(items))
+        if unit.id != member(value, "unit", str, what):
+            raise ValueError(f"{what}: 'unit': expected {unit.id} for its items, got {value!r:.100}")
+        return unit
+
+    def to_dict(self) -> dict[str, object]:
+        items = [[item.key, item.digest, item.size, item.mtime_ns] for item in self.items]
+        return {"unit": self.id, "bucket": list(self.bucket), "items": items}
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A file that cannot become a row: what was wrong with it, and the class of the exception that said so."""
+
+    key: str
+    digest: str
+    reason: str
+    error: str
+
+    @classmethod
+    def parse(cls, value: object, what: str) -> Quarantined:
+        return cls(
+            member(value, "key", str, what),
+            _digest(value, "digest", what),
+            member(value, "reason", str, what),
+            member(value, "error", str, what),
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def digest_columns(digests: list[str]) -> np.ndarray:
+    """Hexadecimal xxh3_128 digests as uint64 [N, 2]: the upper 64 bits, then the lower."""
+    return np.frombuffer(bytes.fromhex("".join(digests)), ">u8").reshape(-1, 2).astype("<u8")
+
+
+def digest_strings(columns: np.ndarray) -> list[str]:
+    """The inverse of `digest_columns`."""
+    text = columns.astype(">u8").tobytes().hex()
+    return [text[start : start + 32] for start in range(0, len(text), 32)]
+
+
+def key_columns(keys: list[bytes]) -> dict[str, np.ndarray]:
+    """key.offsets uint64 [N+1] and key.utf8 uint8: key i is utf8[offsets[i] : offsets[i+1]]."""
+    offsets = np.zeros(len(keys) + 1, "<u8")
+    np.cumsum([len(key) for key in keys], out=offsets[1:])
+    return {"key.offsets": offsets, "key.utf8": np.frombuffer(b"".join(keys), "u1")}
+
+
+def key_list(columns: dict[str, np.ndarray]) -> list[bytes]:
+    """The inverse of `key_columns`."""
+    blob, offsets = columns["key.utf8"].tobytes(), columns["key.offsets"].tolist()
+    return [blob[start:end] for start, end in zip(offsets, offsets[1:])]  # noqa: B905 - one shorter by design
+
+
+def key_hashes(keys: list[bytes]) -> np.ndarray:
+    """uint64 [N]: xxh3_64 of the key's bytes; the identity of a sample wherever order or noise is drawn."""
+    return np.array([xxhash.xxh3_64_intdigest(key) for key in keys], "<u8")
+
+
+def _digest(value: object, name: str, what: str) -> str:
+    return hexadecimal(value, name, 32, what)
