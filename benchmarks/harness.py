@@ -1,9 +1,9 @@
-"""How every benchmark here measures, and the row it leaves in benchmarks/results/<machine>.jsonl.
+"""How every benchmark here measures, and the row (rows.py) it leaves in benchmarks/results/<machine>.jsonl.
 
 A benchmark file is a list of `Case`s, a `prepare(case)` that yields `Prepared` providers, and `harness.main`:
 
     python benchmarks/bench_x.py              measure every case and append its rows
-    python benchmarks/bench_x.py --list       print the identity of every row it would write, one JSON a line
+    python benchmarks/bench_x.py --list       print its cases and their providers as JSON lines
     python benchmarks/bench_x.py --case KEY   only this case (may be repeated)
     pytest benchmarks/bench_x.py --benchmark-only
 """
@@ -11,182 +11,24 @@ A benchmark file is a list of `Case`s, a `prepare(case)` that yields `Prepared` 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib.metadata
 import json
-import os
 import platform
-import re
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
 
 import torch
+from rows import SCHEMA, Case, Row, append, cpu_name, environment, gpu_name, results_path
 
-SCHEMA = 1
-ROOT = Path(__file__).resolve().parents[1]
-STATUSES = ("ok", "timeout", "error", "unavailable")
 # One sample lasts at least this long: 1 ms is 1,000 times the resolution of a CUDA event or of perf_counter.
 SAMPLE_SECONDS = 1e-3
 MIN_SAMPLES = 5
 CAP_SECONDS = 60.0
-
-
-# ---- what a row holds ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing measured with several providers in the same run. sizes must be JSON scalars; they name the case."""
-
-    benchmark: str
-    sizes: Mapping[str, int | float | str]
-    dtype: str
-    device: str
-    providers: tuple[str, ...]
-    threads: int = 1
-
-    @property
-    def key(self) -> str:
-        return _key(self.benchmark, self.sizes, self.dtype, self.device, self.threads)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of benchmarks/results/<machine>.jsonl. Times are seconds per call; None where not measured."""
-
-    schema: int
-    benchmark: str
-    provider: str
-    case: Mapping[str, int | float | str]
-    dtype: str
-    device: str  # "cpu" or "cuda": where the timed work ran
-    device_name: str  # the processor's or the GPU's name
-    threads: int
-    status: str  # one of STATUSES
-    reason: str | None  # why, where status is not "ok"
-    samples: int
-    p20: float | None
-    p50: float | None
-    p80: float | None
-    bytes: int | None  # moved per call, each byte counted once read and once written
-    flops: int | None  # per call
-    floor_seconds: float | None  # the time this machine cannot beat for one call
-    fraction_of_floor: float | None  # floor_seconds / p50: 1 is perfect
-    rival: str | None  # a provider measured in turn with this one
-    ratio: float | None  # the rival's p50 / this p50: above 1 is faster than the rival
-    machine: str
-    cpu: str
-    cores: int
-    gpu: str | None
-    versions: Mapping[str, str | None]
-    commit: str | None  # None outside a checkout
-    dirty: bool | None
-    date: str  # UTC, ISO 8601
-
-    @property
-    def case_key(self) -> str:
-        return _key(self.benchmark, self.case, self.dtype, self.device, self.threads)
-
-    @property
-    def key(self) -> str:
-        """What makes two rows measurements of the same thing (on one machine)."""
-        return f"{self.case_key}/{self.provider}"
-
-
-def _key(benchmark: str, sizes: Mapping[str, Any], dtype: str, device: str, threads: int) -> str:
-    return f"{benchmark}/{','.join(f'{k}={v}' for k, v in sorted(sizes.items()))}/{dtype}/{device}/{threads}"
-
-
-def append(path: Path, row: Row) -> None:
-    """Add one line and force it to disk at once, so that a killed run keeps every row it finished."""
-    if row.status not in STATUSES:
-        raise ValueError(f"append: expected status in {STATUSES}, got {row.status!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read(path: Path) -> list[Row]:
-    """All rows of a results file, oldest first; [] where there is none. ValueError for another schema."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        fields = json.loads(line)
-        if fields.get("schema") != SCHEMA:
-            raise ValueError(f"{path}:{number}: expected schema {SCHEMA}, got {fields.get('schema')}")
-        rows.append(Row(**fields))
-    return rows
-
-
-def results_path() -> Path:
-    """benchmarks/results/<machine>.jsonl; the environment variable FASTLATENT_RESULTS names another folder."""
-    folder = os.environ.get("FASTLATENT_RESULTS") or ROOT / "benchmarks" / "results"
-    return Path(folder) / f"{machine()}.jsonl"
-
-
-def machine() -> str:
-    """A slug for the machine: "nvidia-h200" where there is a GPU, else "cpu-2core-amd-epyc"."""
-    name = gpu_name() or f"cpu {cpu_cores()}core {cpu_name()}"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def gpu_name() -> str | None:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def cpu_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-@functools.cache
-def cpu_name() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    name = match[1] if match else platform.machine()
-    return re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|\bProcessor\b|@.*|\d+-Core", "", name).strip()
-
-
-@functools.cache
-def environment() -> dict[str, Any]:
-    """The fields of a row that describe where and with what it was measured."""
-    gpu = gpu_name()
-    return {
-        "machine": machine(),
-        "cpu": cpu_name(),
-        "cores": cpu_cores(),
-        "gpu": gpu,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "triton", "numpy", "fastlatent")},
-        },
-        "commit": _git("rev-parse", "HEAD"),
-        # Appending rows must not make the tree they were measured from dirty.
-        "dirty": None if (changes := _git("status", "--porcelain", "--", ":!benchmarks/results")) is None else changes != "",
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*args: str) -> str | None:
-    try:
-        result = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 # ---- timing ----------------------------------------------------------------------------------------------
@@ -211,7 +53,7 @@ class Outcome:
     timing: Timing | None = None
 
 
-class Unavailable(Exception):  # noqa: N818  (a state, not a fault)
+class Unavailable(Exception):
     """Raised by a provider that cannot run here; its message says why."""
 
 
@@ -258,7 +100,8 @@ def _sample(function: Callable[[], object], device: str, calls: int) -> float:
 
 def _calls_per_sample(function: Callable[[], object], device: str) -> int:
     seconds = _sample(function, device, 1)
-    seconds = min(seconds, _sample(function, device, 3))  # the first call may still have been warming up
+    if seconds < SAMPLE_SECONDS:  # again: one call is less than the clock and the warm-up's remains can tell
+        seconds = _sample(function, device, 5)
     return max(1, min(1000, round(SAMPLE_SECONDS / max(seconds, 1e-9))))
 
 
@@ -280,11 +123,12 @@ def measure(
     """Time `function` after one untimed call.
 
     Args:
-        device: "cuda" times with events (the launch of a kernel counts where it is slower than the kernel: capture
-            a graph to leave it out), "cpu" with perf_counter.
+        device: "cuda" times with events (a launch slower than its kernel counts: capture a graph to leave it
+            out), "cpu" with perf_counter.
         min_seconds: sample for this long, but at least 5 samples and at most max_samples.
-        setup: run untimed before each sample; a sample is then a single call. Without it, short calls are timed
-            several at a time. Either way, rotating inputs so that a cache holds what it would in use is the caller's.
+        setup: run untimed before each sample; a sample is then a single call. Without it, short calls are
+            timed several at a time. Rotating inputs, so that a cache holds what it would in use, is the
+            caller's work.
     """
     if setup is not None:
         setup()
@@ -292,7 +136,9 @@ def measure(
     calls = 1 if setup is not None else _calls_per_sample(function, device)
     samples: list[float] = []
     begin = time.perf_counter()
-    while len(samples) < max_samples and (len(samples) < MIN_SAMPLES or time.perf_counter() - begin < min_seconds):
+    while len(samples) < max_samples and (
+        len(samples) < MIN_SAMPLES or time.perf_counter() - begin < min_seconds
+    ):
         if setup is not None:
             setup()
         samples.append(_sample(function, device, calls))
@@ -310,10 +156,10 @@ def interleave(
     """Time providers in turn, A B A B, so that a drift of clocks or neighbours meets all of them alike.
 
     Args:
-        providers: name -> a factory of the function to time. The factory and the first two calls (where
-            torch.compile, Triton and graph capture do their work) together may take cap_seconds; after that the
-            provider is abandoned as "timeout". ModuleNotFoundError and Unavailable make it "unavailable", any
-            other exception "error"; the rest go on.
+        providers: name -> a factory of the function to time. The factory and the first calls (where
+            torch.compile, Triton and graph capture do their work) together may take cap_seconds; after that
+            the provider is abandoned as "timeout". ModuleNotFoundError and Unavailable make it "unavailable",
+            any other exception "error"; the rest go on.
         min_seconds: per provider, as in `measure`.
     """
     outcomes: dict[str, Outcome] = {}
@@ -354,7 +200,7 @@ def _failure(error: Exception) -> Outcome:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare(case)` yields. A byte or flop counts once per unit; one call of a function does `units` of them."""
+    """What `prepare(case)` yields. One call of a function does `units` units; all numbers are per unit."""
 
     providers: Mapping[str, Callable[[], Callable[[], object]]]
     bytes: int | None = None
@@ -368,12 +214,23 @@ def row(case: Case, provider: str, outcome: Outcome) -> Row:
     """A row with its environment and no derived numbers."""
     timing = outcome.timing
     return Row(
-        SCHEMA, case.benchmark, provider, dict(case.sizes), case.dtype, case.device,
-        (gpu_name() or "none") if case.device == "cuda" else cpu_name(), case.threads, outcome.status, outcome.reason,
-        timing.samples if timing else 0, timing and timing.p20, timing and timing.p50, timing and timing.p80,
-        None, None, None, None, None, None,
-        **environment(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )  # fmt: skip
+        schema=SCHEMA,
+        benchmark=case.benchmark,
+        provider=provider,
+        case=dict(case.sizes),
+        dtype=case.dtype,
+        device=case.device,
+        device_name=(gpu_name() or "none") if case.device == "cuda" else cpu_name(),
+        threads=case.threads,
+        status=outcome.status,
+        reason=outcome.reason,
+        samples=timing.samples if timing else 0,
+        p20=timing.p20 if timing else None,
+        p50=timing.p50 if timing else None,
+        p80=timing.p80 if timing else None,
+        **environment(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
 
 
 def rows_of(case: Case, prepared: Prepared, outcomes: Mapping[str, Outcome]) -> list[Row]:
@@ -425,7 +282,7 @@ def main(
 ) -> list[Row]:
     """The command line of a benchmark file (module docstring). Returns the rows written."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--list", action="store_true", help="print row identities and exit")
+    parser.add_argument("--list", action="store_true", help="print cases and their providers, and exit")
     parser.add_argument("--case", action="append", metavar="KEY", help="only this case; may be repeated")
     parser.add_argument("--seconds", type=float, default=0.5, help="sampling time per provider and case")
     args = parser.parse_args(argv)
@@ -434,9 +291,7 @@ def main(
     chosen = [case for case in cases if not args.case or case.key in args.case]
     if args.list:
         for case in chosen:
-            for provider in case.providers:
-                print(json.dumps({"key": f"{case.key}/{provider}", "case_key": case.key, "provider": provider}
-                                 | {name: value for name, value in asdict(case).items() if name != "providers"}))  # fmt: skip
+            print(json.dumps({"key": case.key, **asdict(case)}))
         return []
     path = results_path()
     print(f"{platform.python_version()} torch {torch.__version__} -> {path}", file=sys.stderr)

@@ -13,8 +13,17 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlatent.store.files import canonical_json, fsync_directory, make_directory, member, natural, parse_json
-from fastlatent.store.files import read_bytes, write_all, write_atomic
+from fastlatent.store.files import (
+    canonical_json,
+    fsync_directory,
+    make_directory,
+    member,
+    natural,
+    parse_json,
+    read_bytes,
+    write_all,
+    write_atomic,
+)
 from fastlatent.store.records import FORMAT, PAYLOAD_DTYPES, Quarantined, ShardRecord, Unit
 
 LOCK = ".lock"
@@ -32,7 +41,9 @@ class Lock:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise ValueError(f"{root}: expected a folder that can be written to, got: {error.strerror}") from None
+            raise ValueError(
+                f"{root}: expected a folder that can be written to, got: {error.strerror}"
+            ) from None
         deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             try:
@@ -42,7 +53,9 @@ class Lock:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or time.monotonic() > deadline:
                     os.close(self._fd)
                     if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                        raise ValueError(f"{path}: expected a file system with flock, got: {error.strerror}") from None
+                        raise ValueError(
+                            f"{path}: expected a file system with flock, got: {error.strerror}"
+                        ) from None
                     raise ValueError(
                         f"{root} is being written by {_holder(path)}; wait until that has finished, or stop it "
                         "(the lock ends with its process) and run this again"
@@ -179,7 +192,9 @@ class Journal:
             if self._fd is None:
                 make_directory(self._directory)
                 path = self._directory / f"{uuid.uuid4().hex}.jsonl"
-                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
+                self._fd = os.open(
+                    path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666
+                )
                 fsync_directory(self._directory)
             write_all(self._fd, canonical_json(committed.to_dict()) + b"\n")
             os.fsync(self._fd)
@@ -214,10 +229,22 @@ def read_journals(root: Path, generation: int) -> dict[str, Committed]:
                     continue  # pages reach the disk in any order: a torn line can end in its newline
                 raise
             other = done.get(committed.unit)
-            if committed.generation == generation and _on_disk(root, committed.shard):
-                if other is None or _digest(committed) < _digest(other):
-                    done[committed.unit] = committed
+            if committed.generation != generation or not _on_disk(root, committed.shard):
+                continue
+            if other is None or _digest(committed) < _digest(other):
+                done[committed.unit] = committed
     return done
+
+
+def journal_generation(path: Path) -> int:
+    """The latest generation that a journal has a whole line of; 0 where it has none."""
+    latest = 0
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            latest = max(latest, natural(parse_json(line, str(path)), "generation", str(path)))
+        except ValueError:
+            continue  # torn or damaged: `read_journals` decides which
+    return latest
 
 
 def _digest(committed: Committed) -> str:

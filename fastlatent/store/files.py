@@ -7,6 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -92,7 +93,9 @@ def canonical_json(value: object) -> bytes:
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"expected a value that JSON can hold exactly, got {value!r:.200}: {error}") from None
+        raise ValueError(
+            f"expected a value that JSON can hold exactly, got {value!r:.200}: {error}"
+        ) from None
     return text.encode("ascii")
 
 
@@ -134,7 +137,9 @@ def inside(root: Path, relative: str, what: str) -> Path:
         raise ValueError(f"{what}: expected a path inside {root}, got {relative!r}")
     path = root / pure
     if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{what}: expected a path inside {root}, got {relative!r}, a link to {path.resolve()}")
+        raise ValueError(
+            f"{what}: expected a path inside {root}, got {relative!r}, a link to {path.resolve()}"
+        )
     return path
 
 
@@ -186,7 +191,5 @@ def _shorten(stem: str) -> str:
 
 
 def _unlink_quietly(path: Path) -> None:
-    try:
+    with suppress(OSError):  # it is never read, and the next writer removes it
         os.unlink(path)
-    except OSError:
-        pass  # it is never read, and the next writer removes it

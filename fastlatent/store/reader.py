@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from fastlatent.store.build import lock_holder, plan_path, read_journals, read_plan
-from fastlatent.store.files import canonical_json, hexadecimal, inside, member, natural, parse_json, read_bytes
+from fastlatent.store.files import (
+    canonical_json,
+    hexadecimal,
+    inside,
+    member,
+    natural,
+    parse_json,
+    read_bytes,
+)
 from fastlatent.store.provenance import fingerprint as fingerprint_of
 from fastlatent.store.records import FORMAT, ROOT, Bucket, FileRecord, Quarantined, ShardRecord, decode_key
 from fastlatent.store.shard import Shard
@@ -41,35 +49,64 @@ class Totals:
     quarantined: int
 
 
-@dataclass(frozen=True, eq=False)
 class Dataset:
     """One generation of a dataset. Row i of every index column describes sample i; samples are in key order.
 
-    Index columns are views over one private mapping, shared with other processes until something writes to them:
-        key_hash uint64 [N], bucket uint16 [N], shard uint32 [N] (into `shards`), row uint32 [N] (of that shard),
-        label int64 [N] (into `classes`; -1: none), src_size uint64 [N], src_mtime_ns int64 [N],
-        src_xxh3 uint64 [N, 2] (upper and lower half of xxh3_128), orig_hw int32 [N, 2],
-        crop int32 [N, 4] (top, left, height, width in the original image).
+    Attributes:
+        path, generation, fingerprint, provenance ({"hashed", "informational"}), classes (names; a label is an index
+            into them), totals, buckets, shards, statistics: of this generation.
+        key_hash: uint64 [N], xxh3_64 of the key's bytes.
+        bucket: uint16 [N], into `buckets`.
+        shard, row: uint32 [N], into `shards`, and of that shard's rows.
+        label: int64 [N], -1 where there is none.
+        src_size, src_mtime_ns, src_xxh3: uint64 [N], int64 [N], uint64 [N, 2] (upper and lower half of xxh3_128) of
+            the source file.
+        orig_hw, crop: int32 [N, 2], int32 [N, 4]: see `fastlatent.store`.
+        key_offsets, key_utf8: uint64 [N+1], uint8: key i is key_utf8[key_offsets[i] : key_offsets[i+1]].
+        root: dataset.json itself. quarantine: the entries of the quarantine file.
+
+    The columns are views over one private mapping, shared between processes until something writes to them.
     """
 
-    path: Path
-    generation: int
-    fingerprint: str
-    provenance: dict[str, Any]
-    classes: list[str]
-    totals: Totals
-    buckets: list[Bucket]
-    shards: list[ShardRecord]
-    statistics: Statistics
-    root: dict[str, Any]  # dataset.json itself
-    quarantine: list[dict[str, Any]]
-    index: dict[str, np.ndarray]
-    _open_shards: dict[int, Shard]
-
-    def __getattr__(self, name: str) -> np.ndarray:
-        if name in INDEX_COLUMNS:
-            return self.index[name]
-        raise AttributeError(name)
+    def __init__(self, path: Path, root: dict[str, Any]):
+        what = str(path / ROOT)
+        self.path, self.root = path, root
+        self.generation = natural(root, "generation", what)
+        self.fingerprint = hexadecimal(root, "fingerprint", 64, what)
+        self.provenance = read_provenance(path)
+        found = fingerprint_of(self.provenance["hashed"])
+        if found != self.fingerprint:
+            raise ValueError(
+                f"{path / PROVENANCE}: expected what has the fingerprint {self.fingerprint}, got {found}: the file "
+                "was edited; restore it from a copy"
+            )
+        self.classes: list[str] = member(root, "classes", list, what)
+        if not all(isinstance(name, str) for name in self.classes):
+            raise ValueError(f"{what}: 'classes': expected strings, got {self.classes!r:.200}")
+        totals = member(root, "totals", dict, what)
+        self.totals = Totals(
+            *(natural(totals, name, what) for name in ("rows", "shards", "bytes", "quarantined"))
+        )
+        self.buckets = [Bucket.parse(one, f"{what}: buckets") for one in member(root, "buckets", list, what)]
+        self.shards = _read_manifests(path, root, self.fingerprint, len(self.buckets))
+        recorded = FileRecord.parse(member(root, "statistics", dict, what), f"{what}: statistics")
+        self.statistics = Statistics.from_dict(recorded.read_json(path), str(path / recorded.path))
+        self.quarantine = _read_quarantine(path, root)
+        index = _read_index(path, root, self.fingerprint)
+        self.key_hash = index["key_hash"]
+        self.bucket = index["bucket"]
+        self.shard = index["shard"]
+        self.row = index["row"]
+        self.label = index["label"]
+        self.src_size = index["src_size"]
+        self.src_mtime_ns = index["src_mtime_ns"]
+        self.src_xxh3 = index["src_xxh3"]
+        self.orig_hw = index["orig_hw"]
+        self.crop = index["crop"]
+        self.key_offsets = index["key.offsets"]
+        self.key_utf8 = index["key.utf8"]
+        self._check_totals()
+        self._open_shards: dict[int, Shard] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> Dataset:
@@ -80,50 +117,15 @@ class Dataset:
                 in the latents; it names the file, what was expected and what came.
         """
         path = Path(path)
-        root = read_root(path)
-        what = str(path / ROOT)
-        provenance = read_provenance(path)
-        fingerprint = hexadecimal(root, "fingerprint", 64, what)
-        if fingerprint_of(provenance["hashed"]) != fingerprint:
-            raise ValueError(
-                f"{path / PROVENANCE}: expected what has the fingerprint {fingerprint}, got "
-                f"{fingerprint_of(provenance['hashed'])}: the file was edited; restore it from a copy"
-            )
-        classes = member(root, "classes", list, what)
-        if not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"{what}: 'classes': expected strings, got {classes!r:.200}")
-        buckets = [Bucket.parse(one, f"{what}: buckets") for one in member(root, "buckets", list, what)]
-        shards = _read_manifests(path, root, fingerprint, buckets)
-        recorded = FileRecord.parse(member(root, "statistics", dict, what), f"{what}: statistics")
-        statistics = Statistics.from_dict(parse_json(recorded.read(path), recorded.path), str(path / recorded.path))
-        totals = Totals(
-            **{name: natural(member(root, "totals", dict, what), name, what) for name in Totals.__annotations__}
-        )
-        dataset = cls(
-            path=path,
-            generation=natural(root, "generation", what),
-            fingerprint=fingerprint,
-            provenance=provenance,
-            classes=classes,
-            totals=totals,
-            buckets=buckets,
-            shards=shards,
-            statistics=statistics,
-            root=root,
-            quarantine=_read_quarantine(path, root),
-            index=_read_index(path, root, fingerprint),
-            _open_shards={},
-        )
-        dataset._check_totals()
-        return dataset
+        return cls(path, read_root(path))
 
     def __len__(self) -> int:
         return self.totals.rows
 
     def key(self, i: int) -> str:
         """The key of sample i: its relative POSIX path."""
-        start, end = self.index["key.offsets"][i : i + 2].tolist()
-        return decode_key(self.index["key.utf8"][start:end].tobytes())
+        start, end = self.key_offsets[i : i + 2].tolist()
+        return decode_key(self.key_utf8[start:end].tobytes())
 
     @property
     def quarantined(self) -> list[Quarantined]:
@@ -143,24 +145,26 @@ class Dataset:
     def _check_totals(self) -> None:
         """Raise ValueError where index, manifests and totals contradict each other."""
         what = f"{self.path / ROOT}: expected it to agree with the files it names"
-        index, shards = self.index, self.shards
-        rows = np.array([shard.rows for shard in shards], np.uint64)
-        of = np.array([shard.bucket for shard in shards], np.uint64)
-        found = Totals(len(index["row"]), len(shards), sum(shard.bytes for shard in shards), len(self.quarantine))
+        rows = np.array([shard.rows for shard in self.shards], np.uint64)
+        buckets = np.array([shard.bucket for shard in self.shards], np.uint64)
+        size = sum(shard.bytes for shard in self.shards)
+        found = Totals(len(self.row), len(self.shards), size, len(self.quarantine))
         if found != self.totals or not found.rows:
-            raise ValueError(f"{what}, got totals {self.totals} beside {found}")
-        if index["shard"].max() >= len(shards) or (index["row"] >= rows[index["shard"]]).any():
+            raise ValueError(f"{what}, got {self.totals} beside {found}")
+        if self.shard.max() >= len(rows) or (self.row >= rows[self.shard]).any():
             raise ValueError(f"{what}, got an index that points past the end of a shard")
-        if (index["bucket"] != of[index["shard"]]).any():
+        if (self.bucket != buckets[self.shard]).any():
             raise ValueError(f"{what}, got an index and a manifest that give a shard different buckets")
-        counts = np.bincount(index["bucket"], minlength=len(self.buckets)).tolist()
+        counts = np.bincount(self.bucket, minlength=len(self.buckets)).tolist()
         if counts != [bucket.rows for bucket in self.buckets]:
-            raise ValueError(f"{what}, got buckets {self.buckets} beside {counts} rows in the index")
-        if index["label"].min() < -1 or index["label"].max() >= len(self.classes):
+            raise ValueError(f"{what}, got {self.buckets} beside {counts} rows in the index")
+        if self.label.min() < -1 or self.label.max() >= len(self.classes):
             raise ValueError(f"{what}, got labels outside -1 to {len(self.classes) - 1}")
         channels = {bucket.shape[1] // 2 for bucket in self.buckets}
         if channels != {len(self.statistics.mean)}:
-            raise ValueError(f"{what}, got statistics of {len(self.statistics.mean)} channels, not {channels}")
+            raise ValueError(
+                f"{what}, got statistics of {len(self.statistics.mean)} channels, not {channels}"
+            )
 
 
 @dataclass
@@ -307,35 +311,43 @@ def check_keys(columns: dict[str, np.ndarray], dtypes: dict[str, str], what: str
         raise ValueError(f"{what}: expected key.offsets to rise from 0 to {len(utf8)}, got {offsets!r:.200}")
 
 
-def _read_manifests(
-    path: Path, root: dict[str, Any], fingerprint: str, buckets: list[Bucket]
-) -> list[ShardRecord]:
+def _read_manifests(path: Path, root: dict[str, Any], fingerprint: str, buckets: int) -> list[ShardRecord]:
     shards = []
     for entry in member(root, "manifests", list, str(path / ROOT)):
         record = FileRecord.parse(entry, f"{path / ROOT}: manifests")
         what = str(path / record.path)
-        manifest = parse_json(record.read(path), what)
+        manifest = record.read_json(path)
         for name, expected in (("format", FORMAT), ("fingerprint", fingerprint)):
             if member(manifest, name, str, what) != expected:
                 raise ValueError(f"{what}: {name!r}: expected {expected!r}, got {manifest[name]!r:.100}")
-        shards += [ShardRecord.parse(one, f"{what}: shards") for one in member(manifest, "shards", list, what)]
+        shards += [
+            ShardRecord.parse(one, f"{what}: shards") for one in member(manifest, "shards", list, what)
+        ]
     for shard in shards:
-        if shard.bucket >= len(buckets):
-            raise ValueError(f"{path / ROOT}: expected {shard.bucket + 1} buckets for {shard.path}, got {len(buckets)}")
+        if shard.bucket >= buckets:
+            raise ValueError(
+                f"{path / ROOT}: expected bucket {shard.bucket} of {shard.path}, got {buckets} buckets"
+            )
         inside(path, shard.path, "manifest")
     return shards
 
 
 def _read_index(path: Path, root: dict[str, Any], fingerprint: str) -> dict[str, np.ndarray]:
-    records = [FileRecord.parse(one, f"{path / ROOT}: indexes") for one in member(root, "indexes", list, str(path))]
+    records = [
+        FileRecord.parse(one, f"{path / ROOT}: indexes") for one in member(root, "indexes", list, str(path))
+    ]
     if len(records) != 1:
-        raise ValueError(f"{path / ROOT}: 'indexes': expected one file, got {len(records)}: use a newer fastlatent")
+        raise ValueError(
+            f"{path / ROOT}: 'indexes': expected one file, got {len(records)}: use a newer fastlatent"
+        )
     file = inside(path, records[0].path, str(path / ROOT))
     shard = Shard.open(file, expected_bytes=records[0].bytes)
     records[0].check(file, memoryview(shard.mapping))
     rows = len(shard.columns.get("row", ()))
     if shard.metadata.get("fls.format") != FORMAT or shard.metadata.get("fls.fingerprint") != fingerprint:
-        raise ValueError(f"{file}: expected the index of {FORMAT} dataset {fingerprint}, got {shard.metadata}")
+        raise ValueError(
+            f"{file}: expected the index of {FORMAT} dataset {fingerprint}, got {shard.metadata}"
+        )
     for name, (dtype, rest) in {**INDEX_COLUMNS, "key.offsets": ("U64", ())}.items():
         expected = (dtype, (rows + (name == "key.offsets"), *rest))
         found = (shard.dtypes.get(name), shard.columns[name].shape if name in shard.columns else None)
@@ -350,7 +362,7 @@ def _read_quarantine(path: Path, root: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     record = FileRecord.parse(root["quarantine"], f"{path / ROOT}: quarantine")
     what = str(path / record.path)
-    entries = member(parse_json(record.read(path), what), "files", list, what)
+    entries = member(record.read_json(path), "files", list, what)
     for entry in entries:
         Quarantined.parse(entry, what)
         natural(entry, "size", what)

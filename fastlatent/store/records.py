@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from fastlatent.store.files import canonical_json, hexadecimal, inside, member, natural, read_bytes
+from fastlatent.store.files import (
+    canonical_json,
+    hexadecimal,
+    inside,
+    member,
+    natural,
+    parse_json,
+    read_bytes,
+)
 from fastlatent.store.statistics import Statistics
 
 FORMAT = "fls/1"
 ROOT = "dataset.json"
 PAYLOAD_DTYPES = {"F16": 2, "F32": 4, "BF16": 2}  # what `moments` may be stored as -> bytes a value
 MAX_ROW_BYTES = 1 << 32
+Data = bytes | memoryview  # a record has a field `bytes`, so the type needs another name inside it
 
 
 def encode_key(key: str) -> bytes:
@@ -46,14 +57,16 @@ class FileRecord:
     xxh3_128: str
 
     @classmethod
-    def of(cls, path: str, data: bytes) -> FileRecord:
+    def of(cls, path: str, data: Data) -> FileRecord:
         return cls(path, len(data), xxhash.xxh3_128_hexdigest(data))
 
     @classmethod
     def parse(cls, value: object, what: str) -> FileRecord:
-        return cls(member(value, "path", str, what), natural(value, "bytes", what), _digest(value, "xxh3_128", what))
+        return cls(
+            member(value, "path", str, what), natural(value, "bytes", what), _digest(value, "xxh3_128", what)
+        )
 
-    def check(self, path: Path, data: bytes | memoryview) -> None:
+    def check(self, path: Path, data: Data) -> None:
         """Raise ValueError where the file at `path`, read as `data`, is not the one that was committed."""
         digest = xxhash.xxh3_128_hexdigest(data)
         if (len(data), digest) != (self.bytes, self.xxh3_128):
@@ -62,12 +75,12 @@ class FileRecord:
                 f"{digest}: the file is damaged; restore it from a copy, or encode into a new folder"
             )
 
-    def read(self, root: Path) -> bytes:
-        """The file's bytes, checked."""
+    def read_json(self, root: Path) -> Any:
+        """The file's contents, its bytes checked before they are parsed."""
         path = inside(root, self.path, str(root / ROOT))
         data = read_bytes(path)
         self.check(path, data)
-        return data
+        return parse_json(data, str(path))
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,9 @@ def check_shape(shape: tuple[int, ...], what: str) -> None:
     """Raise ValueError unless `shape` is [F, 2C, H, W] with F = 1 or 2, every size >= 1, and of sane size."""
     sound = len(shape) == 4 and all(type(size) is int and size >= 1 for size in shape)
     if not sound or shape[0] > 2 or shape[1] % 2 or math.prod(shape) > MAX_ROW_BYTES // 4:
-        raise ValueError(f"{what}: expected a row shape [F, 2C, H, W] with F = 1 or 2, got {list(shape)!r:.100}")
+        raise ValueError(
+            f"{what}: expected a row shape [F, 2C, H, W] with F = 1 or 2, got {list(shape)!r:.100}"
+        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +177,9 @@ class Unit:
     def of(cls, fingerprint: str, bucket: tuple[int, ...], items: tuple[PlannedItem, ...]) -> Unit:
         """The unit whose id follows from (fingerprint, bucket, every key and digest), and from nothing else."""
         pairs = [[item.key, item.digest] for item in items]
-        return cls(xxhash.xxh3_128_hexdigest(canonical_json([fingerprint, list(bucket), pairs])), bucket, items)
+        return cls(
+            xxhash.xxh3_128_hexdigest(canonical_json([fingerprint, list(bucket), pairs])), bucket, items
+        )
 
     @classmethod
     def parse(cls, value: object, fingerprint: str, what: str) -> Unit:
@@ -227,7 +244,7 @@ def key_columns(keys: list[bytes]) -> dict[str, np.ndarray]:
 def key_list(columns: dict[str, np.ndarray]) -> list[bytes]:
     """The inverse of `key_columns`."""
     blob, offsets = columns["key.utf8"].tobytes(), columns["key.offsets"].tolist()
-    return [blob[start:end] for start, end in zip(offsets, offsets[1:])]  # noqa: B905 - one shorter by design
+    return [blob[start:end] for start, end in pairwise(offsets)]
 
 
 def key_hashes(keys: list[bytes]) -> np.ndarray:

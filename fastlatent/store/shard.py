@@ -9,6 +9,7 @@ import mmap
 import os
 import struct
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,11 @@ class ShardFile:
 
 
 def write_shard(
-    directory: Path, unit: str, columns: Mapping[str, np.ndarray], bf16: Collection[str], metadata: Mapping[str, str]
+    directory: Path,
+    unit: str,
+    columns: Mapping[str, np.ndarray],
+    bf16: Collection[str],
+    metadata: Mapping[str, str],
 ) -> ShardFile:
     """Write `directory/{unit}-{xxh3_128 of the file}.safetensors` durably; the same arguments give the same bytes.
 
@@ -81,7 +86,11 @@ def layout(
 
     def add(name: str, dtype: str, array: np.ndarray) -> None:
         nonlocal end
-        entries[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        entries[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [end, end + array.nbytes],
+        }
         tensors.append(array)
         end += array.nbytes
 
@@ -90,7 +99,9 @@ def layout(
             raise ValueError(f"column {name!r}: names that begin with {PAD!r} and '__metadata__' are taken")
         dtype = "BF16" if name in bf16 else NAMES.get(column.dtype.newbyteorder("<"))
         if dtype is None or (dtype == "BF16" and column.dtype != np.uint16):
-            raise ValueError(f"column {name!r}: expected one of {sorted(DTYPES)} (BF16 as uint16), got {column.dtype}")
+            raise ValueError(
+                f"column {name!r}: expected one of {sorted(DTYPES)} (BF16 as uint16), got {column.dtype}"
+            )
         if end % ALIGNMENT:
             add(f"{PAD}{len(tensors)}", "U8", np.zeros(-end % ALIGNMENT, np.uint8))
         add(name, dtype, np.require(column, DTYPES[dtype], "C"))
@@ -127,11 +138,15 @@ class Shard:
         self.header_bytes = header.bytes
         self.header_xxh3_64 = header.xxh3_64
         self.metadata = header.metadata
-        self.dtypes = {name: tensor.dtype for name, tensor in header.tensors.items() if not name.startswith(PAD)}
+        self.dtypes = {
+            name: tensor.dtype for name, tensor in header.tensors.items() if not name.startswith(PAD)
+        }
         self.columns: dict[str, np.ndarray] = {}
         for name in self.dtypes:
             tensor = header.tensors[name]
-            view = np.frombuffer(mapping, DTYPES[tensor.dtype], math.prod(tensor.shape), header.bytes + tensor.begin)
+            view = np.frombuffer(
+                mapping, DTYPES[tensor.dtype], math.prod(tensor.shape), header.bytes + tensor.begin
+            )
             self.columns[name] = view.reshape(tensor.shape)
         self.mapping = mapping
 
@@ -166,10 +181,8 @@ class Shard:
     def close(self) -> None:
         """Give the mapping back. Views that are still held elsewhere stay valid and keep it until they go."""
         self.columns = {}
-        try:
+        with suppress(BufferError):  # a view lives on: the mapping goes with the last one
             self.mapping.close()
-        except BufferError:
-            pass  # a view lives on; the mapping goes with the last one
 
 
 @dataclass(frozen=True)
@@ -227,7 +240,9 @@ def _tensor(name: str, entry: object, path: Path) -> _Tensor:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{what}: expected a dtype among {sorted(DTYPES)}, got {dtype!r:.100}")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"{what}: expected a shape of at most {MAX_DIMENSIONS} sizes >= 0, got {shape!r:.100}")
+        raise ValueError(
+            f"{what}: expected a shape of at most {MAX_DIMENSIONS} sizes >= 0, got {shape!r:.100}"
+        )
     if not _naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"{what}: expected two data_offsets >= 0, got {offsets!r:.100}")
     expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize

@@ -70,7 +70,8 @@ class Statistics:
             count=count,
             mean=self.mean + delta * share,
             m2=self.m2 + other.m2 + delta * delta * (self.count * share),
-            posterior_variance=self.posterior_variance + (other.posterior_variance - self.posterior_variance) * share,
+            posterior_variance=self.posterior_variance
+            + (other.posterior_variance - self.posterior_variance) * share,
             min=np.minimum(self.min, other.min),
             max=np.maximum(self.max, other.max),
             abs_max=np.maximum(self.abs_max, other.abs_max),
@@ -104,10 +105,14 @@ class Statistics:
             if field.name != "count":
                 numbers = member(value, field.name, list, what)
                 if not all(type(number) is float for number in numbers):
-                    raise ValueError(f"{what}: {field.name!r}: expected floating-point numbers, got {numbers!r:.100}")
+                    raise ValueError(
+                        f"{what}: {field.name!r}: expected floating-point numbers, got {numbers!r:.100}"
+                    )
                 arrays[field.name] = np.array(numbers, np.float64)
         if count < 1 or len({len(array) for array in arrays.values()}) != 1:
-            raise ValueError(f"{what}: expected a count >= 1 and as many values everywhere, got {value!r:.200}")
+            raise ValueError(
+                f"{what}: expected a count >= 1 and as many values everywhere, got {value!r:.200}"
+            )
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError(f"{what}: expected finite numbers, got {value!r:.200}")
         return cls(count=count, **arrays)

@@ -1,3 +1,4 @@
+import inspect
 import os
 import sys
 
@@ -32,7 +33,8 @@ def test_keys_are_sorted_across_classes_by_bytes(tmp_path):
     # "-" sorts before "/", so the class a-b precedes the files of a although its label is the larger.
     for name in ("a/1.png", "a-b/1.png"):
         touch(tmp_path / name)
-    assert [(item.key, item.label) for item in scan_image_folder(tmp_path).items] == [("a-b/1.png", 1), ("a/1.png", 0)]
+    items = scan_image_folder(tmp_path).items
+    assert [(item.key, item.label) for item in items] == [("a-b/1.png", 1), ("a/1.png", 0)]
 
 
 def test_images_count_at_any_depth(tmp_path):
@@ -45,13 +47,16 @@ def test_images_count_at_any_depth(tmp_path):
 
 
 def test_deeper_than_the_python_stack(tmp_path):
-    # 1100 levels of one letter: beyond Python's default recursion limit of 1000, within PATH_MAX of 4096 bytes.
-    levels = sys.getrecursionlimit() + 100
-    os.mkdir(tmp_path / "c")
-    name = "c" + "/d" * levels
-    os.makedirs(tmp_path / name)
+    # PATH_MAX of 4096 bytes has room for 2048 levels, Python's stack for 1000. Both are scaled down here,
+    # since pytest's own removal of the folder recurses.
+    name = "c" + "/d" * 300
     touch(tmp_path / name / "i.png")
-    assert keys(tmp_path) == [f"{name}/i.png"]
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        assert keys(tmp_path) == [f"{name}/i.png"]
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 @pytest.mark.parametrize("extension", sorted(EXTENSIONS))
@@ -175,10 +180,18 @@ def test_names_of_any_bytes(tmp_path):
         b"a" * 251 + b".png",  # 255 bytes, the longest name ext4 allows
     ]
     os.mkdir(root + b"/\xe9t\xe9")  # Latin-1, no UTF-8
+    os.mkdir(root + b"/" + "\U0001f600".encode())
+    os.mkdir(root + b"/" + "\uff01".encode())
+    os.mkdir(root + b"/\xff")  # as str (U+DCFF) before the two above, as bytes after them
     for name in names:
         open(root + b"/\xe9t\xe9/" + name, "xb").close()
     folder = scan_image_folder(tmp_path)
-    assert [os.fsencode(name) for name in folder.classes] == [b"\xe9t\xe9"]
+    assert [os.fsencode(name) for name in folder.classes] == [
+        b"\xe9t\xe9",
+        "\uff01".encode(),
+        "\U0001f600".encode(),
+        b"\xff",
+    ]
     assert [os.fsencode(item.key) for item in folder.items] == sorted(b"\xe9t\xe9/" + name for name in names)
     for item in folder.items:
         open(item.path, "rb").close()

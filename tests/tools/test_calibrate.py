@@ -1,4 +1,4 @@
-"""tools/calibrate: its kernels compute what they say (interpreter or GPU) and compile for sm_90 without one."""
+"""tools/calibrate: its kernels compute what they say (interpreter or GPU) and compile for sm_90."""
 
 import importlib.util
 import json
@@ -73,7 +73,8 @@ def test_node_adds_one_per_repeat(calibrate, repeats):
 def barrier(calibrate, programs, polls):
     counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     left = torch.full((1,), -1, dtype=torch.int32, device=DEVICE)
-    calibrate.barrier_kernel[(1,)](counter, left, programs, 3, polls)  # one program: the interpreter runs them in turn
+    # One program, whatever it expects: the interpreter runs programs one after another.
+    calibrate.barrier_kernel[(1,)](counter, left, programs, 3, polls)
     return int(counter), int(left)
 
 
@@ -98,7 +99,8 @@ def test_every_case_prepares_the_providers_it_announces(calibrate, monkeypatch):
 
 
 def test_compiles_for_sm_90_and_says_when_there_is_no_gpu(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     script = tmp_path / "aot.py"
     script.write_text(AOT + "\nsys.argv = ['calibrate']\nsys.exit(calibrate.main())\n")
     result = subprocess.run([sys.executable, script, TOOL], env=environment, capture_output=True, text=True)

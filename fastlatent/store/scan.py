@@ -1,0 +1,108 @@
+"""The present scan: which files there are, in key order, and the digest of each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import xxhash
+
+from fastlatent.store.records import encode_key
+
+HASH_THREADS = 8  # reading many small files waits for the disk, not for the processor
+HASH_BLOCK = 4096  # files between two progress calls
+Pair = tuple[bytes, str]  # a key's bytes and its file's digest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the present scan. `key` is its relative POSIX path, `label` an index into the classes (-1: none)."""
+
+    key: str
+    path: str
+    label: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """A file of the present scan, read: `key` as bytes, `name` as text."""
+
+    key: bytes
+    name: str
+    path: str
+    label: int
+    size: int
+    mtime_ns: int
+    digest: str
+
+    @property
+    def pair(self) -> Pair:
+        return self.key, self.digest
+
+
+def sort_entries(entries: Iterable[Entry], classes: int) -> list[tuple[bytes, Entry]]:
+    """In the order of the keys' bytes; also refuses keys that occur twice and labels outside the classes."""
+    pairs = sorted(((encode_key(entry.key), entry) for entry in entries), key=lambda pair: pair[0])
+    for (key, entry), (following, other) in pairwise(pairs):
+        if key == following:
+            raise ValueError(
+                f"expected every key once, got {entry.key!r} for both {entry.path} and {other.path}: give the sources "
+                "a common folder above them, so that their relative paths differ"
+            )
+    for _, entry in pairs:
+        if not -1 <= entry.label < classes:
+            raise ValueError(f"{entry.path}: expected a label from -1 to {classes - 1}, got {entry.label}")
+    return pairs
+
+
+def scan(
+    entries: list[tuple[bytes, Entry]],
+    known: Mapping[bytes, tuple[int, int, str]],
+    on_progress: Callable[[int, int], None] | None,
+) -> list[Scanned]:
+    """The digest of every entry: from `known` (key -> size, mtime_ns, digest) if those agree, else from its bytes."""
+    digests: list[str | None] = []
+    for key, entry in entries:
+        before = known.get(key)
+        same = before is not None and before[:2] == (entry.size, entry.mtime_ns)
+        digests.append(before[2] if before and same else None)
+    unread = [i for i, digest in enumerate(digests) if digest is None]
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        for start in range(0, len(unread), HASH_BLOCK):
+            block = unread[start : start + HASH_BLOCK]
+            for i, digest in zip(block, pool.map(hash_file, [entries[i][1] for i in block]), strict=True):
+                digests[i] = digest
+            if on_progress is not None:
+                on_progress(start + len(block), len(unread))
+    return [
+        Scanned(key, entry.key, entry.path, entry.label, entry.size, entry.mtime_ns, digest)
+        for (key, entry), digest in zip(entries, digests, strict=True)
+        if digest is not None
+    ]
+
+
+def hash_file(entry: Entry) -> str:
+    """xxh3_128 of the file's bytes, 32 hexadecimal digits.
+
+    Raises:
+        ValueError: it cannot be read, or is no longer the file that was listed.
+    """
+    digest = xxhash.xxh3_128()
+    try:
+        with open(entry.path, "rb", buffering=0) as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            stat = os.fstat(file.fileno())
+    except OSError as error:
+        raise ValueError(f"{entry.path}: listed, but it cannot be read: {error.strerror}") from None
+    if (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns):
+        raise ValueError(
+            f"{entry.path}: expected {entry.size} bytes of mtime {entry.mtime_ns} ns as listed, got {stat.st_size} of "
+            f"{stat.st_mtime_ns}: something writes to the source; run this again when that has finished"
+        )
+    return digest.hexdigest()
