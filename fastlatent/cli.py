@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         run = getattr(importlib.import_module(f"fastlatent.workflows.{module}"), function)
-        return run(resolved) or 0
+        result = run(resolved)
+        return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         print(f"fastlatent {command}: interrupted; rerun the same command to go on", file=sys.stderr)
         return INTERRUPTED

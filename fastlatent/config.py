@@ -42,9 +42,7 @@ class EncodeConfig:
     size: int = option(256, "side of the square centre crop, in pixels", minimum=1)
     mirror: bool = option(False, "also store the latents of each image mirrored left to right")
     dtype: str = option("float16", "how moments are stored", choices=("float16", "bfloat16", "float32"))
-    compute_dtype: str = option(
-        "float32", "dtype the autoencoder runs in", choices=("float32", "bfloat16", "float16")
-    )
+    compute_dtype: str = option("float32", "dtype the autoencoder runs in", choices=("float32", "bfloat16", "float16"))
     batch_size: int = option(16, "images per forward pass; part of the fingerprint", minimum=1)
     unit_rows: int = option(4096, "images per shard at most (a shard also stays below 256 MiB)", minimum=1)
     threads: int = option(0, "CPU threads; 0: what the dataset was begun with, or all cores", minimum=0)
@@ -102,9 +100,7 @@ class TrainArConfig(TrainConfig):
     num_kv_heads: int | None = option(None, "key and value heads (grouped-query attention)", minimum=1)
     mlp_ratio: float | None = option(None, "FFN width is floor(hidden·ratio·2/3/64)·64", minimum=0)
     diffusion_depth: int | None = option(None, "blocks of the diffusion head", minimum=1)
-    prediction_type: str = option(
-        "v_prediction", "what the head predicts", choices=("epsilon", "v_prediction", "flow")
-    )
+    prediction_type: str = option("v_prediction", "what the head predicts", choices=("epsilon", "v_prediction", "flow"))
     beta_schedule: str = option(
         "cosine", "noise schedule of epsilon and v_prediction", choices=("cosine", "linear", "scaled_linear")
     )
@@ -123,13 +119,13 @@ class SampleConfig:
     num_inference_steps: int = option(20, "denoising steps per token", minimum=1)
     cfg_scale: float = option(3.0, "classifier-free guidance; 1 turns it off", minimum=0)
     solver: str = option(
-        "auto", "auto: dpmsolver++, or euler for flow", choices=("auto", "dpmsolver++", "ddim", "ddpm", "euler")
+        "auto",
+        "auto: dpmsolver++, or euler for flow",
+        choices=("auto", "dpmsolver++", "ddim", "ddpm", "euler"),
     )
     seed: int = option(0, "of the noise; sample i has the same noise at any batch size", minimum=0)
     noise: str | None = option(None, "safetensors file with tensor `noise` [B, N, C]: start noise of every token")
-    dtype: str = option(
-        "float32", "of weights and arithmetic", choices=("float64", "float32", "bfloat16", "float16")
-    )
+    dtype: str = option("float32", "of weights and arithmetic", choices=("float64", "float32", "bfloat16", "float16"))
     decode: bool = option(True, "decode the latents to images")
     vae: str | None = option(None, "autoencoder to decode with; otherwise the one that encoded the training set")
     allow_other_vae: bool = option(False, "decode although the autoencoder is not the one that encoded the set")
@@ -246,6 +242,9 @@ def _checked(origin: str, field: dataclasses.Field, hint: Any, value: Any) -> An
             value = float(value)
         except ValueError:
             raise ValueError(f"{where}: expected a number, got {value!r}") from None
+    # YAML 1.1 reads a bare `no` as false.
+    if value is False and "no" in field.metadata["choices"]:
+        value = "no"
     # `labels: 3` in YAML is a number, but it is the text "3" on the command line.
     if kind is str and type(value) in (int, float):
         value = str(value)
@@ -260,7 +259,7 @@ def _checked(origin: str, field: dataclasses.Field, hint: Any, value: Any) -> An
     return value
 
 
-def _near(value: str, choices: tuple[str, ...]) -> str:
+def _near(value: Any, choices: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(value, choices, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

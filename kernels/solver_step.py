@@ -10,7 +10,8 @@ from torch import Tensor
 TILE = 512
 
 
-@triton.jit
+# Channels alone decide the alignment, so one compilation serves every batch size.
+@triton.jit(do_not_specialize=["batch"])
 def solver_step_kernel(
     state_ptr,
     output_ptr,
@@ -26,11 +27,12 @@ def solver_step_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # int64: state holds 4 * batch * channels elements, more than 2^31 where one plane has 2 GiB of float32.
+    # int64: the state's 4 * batch * channels elements pass 2^31 where one plane has 2 GiB of float32.
+    batch = tl.cast(batch, tl.int64)
     n = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = (n < batch) & (c < channels)
-    plane = batch.to(tl.int64) * channels
+    plane = batch * channels
     x_ptr = state_ptr + n * channels + c
     x = tl.load(x_ptr, mask=mask)
     d1 = tl.load(x_ptr + plane, mask=mask)
@@ -42,8 +44,8 @@ def solver_step_kernel(
     weight_ptr = guidance_ptr + n
     o = tl.load(weight_ptr, mask=n < batch) * tl.load(first_ptr, mask=mask).to(x.dtype)
     for way in tl.static_range(1, WAYS):
-        weight = tl.load(weight_ptr + way * batch.to(tl.int64), mask=n < batch)
-        o += weight * tl.load(first_ptr + way * (batch.to(tl.int64) * out_channels), mask=mask).to(x.dtype)
+        weight = tl.load(weight_ptr + way * batch, mask=n < batch)
+        o += weight * tl.load(first_ptr + way * (batch * out_channels), mask=mask).to(x.dtype)
 
     # Columns in the order of fastlatent/ops/solver_step.py: p q r a f b c d e s l0 l1 base.
     r = tl.load(row_ptr + 2)
@@ -71,9 +73,7 @@ def solver_step_kernel(
     tl.store(x_ptr + 3 * plane, base, mask=mask)
 
 
-def solver_step_triton(
-    state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Tensor | None
-) -> None:
+def solver_step_triton(state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Tensor | None) -> None:
     """Launch over contiguous tensors, as checked by `fastlatent.ops.solver_step.solver_step`."""
     if state.numel() == 0:
         return  # a CUDA grid cannot be empty

@@ -79,7 +79,16 @@ def test_kernels_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("module", ["fastlatent", "fastlatent.cli", "fastlatent.config", "fastlatent.store.reader", "fastlatent.store.writer"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "fastlatent",
+        "fastlatent.cli",
+        "fastlatent.config",
+        "fastlatent.store.reader",
+        "fastlatent.store.writer",
+    ],
+)
 def test_imports_no_torch(module):
     code = f"import sys, {module}; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -25,17 +25,18 @@ OLDEST_TORCH = (2, 11)
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in ("demo", "test", "lint"):
         sys.exit("usage: bootstrap.py demo|test|lint")
-    if sys.version_info < (3, 10):
-        sys.exit(f"expected Python >= 3.10, this is {sys.version.split()[0]}: run `make PYTHON=python3.11`")
     target = sys.argv[1]
-    extras = {"demo": "demo", "test": "test", "lint": "lint"}[target]
     stamp = VENV / f".ready-{target}"
     wanted = fingerprint()
     if stamp.exists() and stamp.read_text() == wanted:
         return
-    if not PYTHON.exists():
+    # A half-made environment (interrupted) has no working pip.
+    if not PYTHON.exists() or subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode:
         print(f"creating {VENV}", flush=True)
-        venv.create(VENV, with_pip=True)
+        try:
+            venv.create(VENV, with_pip=True, clear=True)
+        except subprocess.CalledProcessError:
+            sys.exit("this Python cannot make virtual environments with pip; on Debian: apt-get install python3-venv")
         if torch_version(sys.executable) >= OLDEST_TORCH:
             share_site_packages()
     if torch_version(str(PYTHON)) < OLDEST_TORCH:
@@ -45,7 +46,7 @@ def main() -> None:
                            capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
     constraint = VENV / "torch-constraint.txt"
     constraint.write_text(f"torch=={torch}\n")
-    pip("--constraint", str(constraint), "--editable", f"{ROOT}[{extras}]")
+    pip("--constraint", str(constraint), "--editable", f"{ROOT}[{target}]")
     stamp.write_text(wanted)
 
 

@@ -30,7 +30,9 @@ class ImageLoader:
         mirror: mirror half of the images at random, as a function of (seed, epoch, position).
     """
 
-    def __init__(self, items: list[Item], batch_size: int, *, size: int, channels: int, mirror: bool, seed: int) -> None:
+    def __init__(
+        self, items: list[Item], batch_size: int, *, size: int, channels: int, mirror: bool, seed: int
+    ) -> None:
         self.items, self.size, self.channels, self.mirror, self.seed = items, size, channels, mirror, seed
         self.order = BatchOrder(len(items), batch_size, seed=seed)
         self.failures: dict[str, str] = {}
@@ -43,7 +45,11 @@ class ImageLoader:
             ValueError: no image of the batch could be read.
         """
         epoch, indices = self.order.indices(step)
-        flips = philox(self.seed, int(indices[0]), epoch).random(len(indices)) < 0.5 if self.mirror else [False] * len(indices)
+        flips = (
+            philox(self.seed, int(indices[0]), epoch).random(len(indices)) < 0.5
+            if self.mirror
+            else [False] * len(indices)
+        )
         images = [
             image[..., ::-1] if flip else image
             for image, flip in zip(self._pool.map(self._read, indices.tolist()), flips, strict=True)

@@ -175,14 +175,11 @@ def build_table(solver: str, steps: int, prediction_type: str, schedule_name: st
         raise ValueError(f"build_table: expected a solver of {', '.join(SOLVERS)}, got {solver!r}")
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
-            f"build_table: expected a prediction_type of {', '.join(PREDICTION_TYPES)}, "
-            f"got {prediction_type!r}"
+            f"build_table: expected a prediction_type of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
         )
     if (solver == "euler") != (prediction_type == "flow"):
         wanted = "flow" if solver == "euler" else "epsilon or v_prediction"
-        raise ValueError(
-            f"build_table: expected prediction_type {wanted} for {solver}, got {prediction_type}"
-        )
+        raise ValueError(f"build_table: expected prediction_type {wanted} for {solver}, got {prediction_type}")
     if solver == "euler":
         return flow_euler(steps)
     schedule = schedule_by_name(schedule_name)

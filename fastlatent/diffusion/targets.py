@@ -52,9 +52,7 @@ def target(prediction_type: str, x0: Tensor, noise: Tensor, t: Tensor, schedule:
     return noise - x0
 
 
-def _levels(
-    name: str, x0: Tensor, noise: Tensor, t: Tensor, schedule: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _levels(name: str, x0: Tensor, noise: Tensor, t: Tensor, schedule: Tensor | None) -> tuple[Tensor, Tensor]:
     """alpha and sigma at t, shaped to broadcast against x0 and rounded once to its dtype."""
     if noise.shape != x0.shape:
         raise ValueError(f"{name}: expected noise {list(x0.shape)} like x0, got {list(noise.shape)}")
@@ -68,9 +66,7 @@ def _levels(
         alpha, sigma = 1 - t, t
     else:
         if t.dtype != torch.int64:
-            raise ValueError(
-                f"{name}: expected int64 t in [0, {len(schedule)}) with a schedule, got {t.dtype}"
-            )
+            raise ValueError(f"{name}: expected int64 t in [0, {len(schedule)}) with a schedule, got {t.dtype}")
         if schedule.device != t.device:
             raise ValueError(f"{name}: expected the schedule on {t.device} like t, got {schedule.device}")
         alpha_bar = schedule[t]

@@ -15,13 +15,22 @@ from fastlatent.pipeline.checkpoints import resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Config entries that name a file, a version or a normalisation, and change no byte of the output.
-_NOT_IDENTITY = {"_name_or_path", "_diffusers_version", "scaling_factor", "shift_factor", "latents_mean", "latents_std"}
+_NOT_IDENTITY = {
+    "_name_or_path",
+    "_diffusers_version",
+    "scaling_factor",
+    "shift_factor",
+    "latents_mean",
+    "latents_std",
+}
 
 
 class KLAutoencoder:
     """An AutoencoderKL for encoding and decoding; evaluation mode, no gradients."""
 
-    def __init__(self, model: AutoencoderKL, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: AutoencoderKL, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         self.model = model.to(device, dtype).eval().requires_grad_(False)
         self.device, self.dtype = torch.device(device), dtype
         self.pixel_channels: int = model.config.in_channels
@@ -46,7 +55,9 @@ class KLAutoencoder:
         }
 
 
-def load_autoencoder(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> KLAutoencoder:
+def load_autoencoder(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> KLAutoencoder:
     """Load a diffusers AutoencoderKL folder, or the newest checkpoint of a `train vae` run.
 
     Raises:
@@ -72,5 +83,9 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            if tensor.numel()
+            else b""
+        )
     return digest.hexdigest()

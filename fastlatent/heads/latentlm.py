@@ -67,7 +67,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t [...] float64 or float32 (0 to 999, or 1000·t of flow) → [..., hidden] in the weights' dtype."""
-        return self.mlp(timestep_sinusoid(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_sinusoid(t).to(next(self.mlp.parameters()).dtype))
 
 
 def timestep_sinusoid(t: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ class LatentHead:
 
     def modulation_weight(self) -> Tensor:
         """All adaLN weights under each other: [(3·blocks + 2)·hidden, hidden]."""
-        parts = [*self.blocks, self.final_layer]
-        return torch.cat([part.adaLN_modulation[1].weight for part in parts])
+        parts: list[DiffusionBlock | FinalLayer] = [*self.blocks, self.final_layer]
+        return torch.cat([next(part.adaLN_modulation.parameters()) for part in parts])
 
     @staticmethod
     def modulations(condition: Tensor, t_embedding: Tensor, weight: Tensor) -> Tensor:

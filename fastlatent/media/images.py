@@ -169,9 +169,7 @@ def center_crop(image: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         resized = np.clip(np.stack(planes, axis=2), 0, 1)
     resized_height, resized_width = resized.shape[:2]
     top, left = (resized_height - size) // 2, (resized_width - size) // 2
-    pixels = np.ascontiguousarray(resized[top : top + size, left : left + size])
-    if not pixels.flags.writeable or pixels.base is not None:
-        pixels = pixels.copy()  # a square image is not cut: still Pillow's read-only buffer
+    pixels = resized[top : top + size, left : left + size].copy()  # Pillow's own buffer is read-only
     rows, columns = height / resized_height, width / resized_width
     crop = np.array([round(top * rows), round(left * columns), round(size * rows), round(size * columns)])
     return pixels, crop.astype(np.int32)

@@ -48,13 +48,9 @@ class CheckpointConfig(TransformerConfig):
         for name in ("latents_mean", "latents_std"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != self.in_channels:
-                raise ValueError(f"config: expected {self.in_channels} values in {name} (in_channels), got {len(value)}")
-
-    def raw_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Model latents [B, N, C] in raster order → raw latents [B, C, size, size] in float32."""
-        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.latents_mean, self.latents_std))
-        raw = latents.double().cpu() * std + mean
-        return raw.float().transpose(1, 2).unflatten(-1, (self.input_size, self.input_size))
+                raise ValueError(
+                    f"config: expected {self.in_channels} values in {name} (in_channels), got {len(value)}"
+                )
 
 
 def save_checkpoint(folder: Path, config: CheckpointConfig, state: dict[str, torch.Tensor]) -> None:
@@ -63,7 +59,9 @@ def save_checkpoint(folder: Path, config: CheckpointConfig, state: dict[str, tor
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
 
 
-def load_checkpoint(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> tuple[Transformer, CheckpointConfig]:
+def load_checkpoint(
+    path: str | Path, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Transformer, CheckpointConfig]:
     """Load a checkpoint folder (also one made by hand), or the newest checkpoint of a run.
 
     Raises:
@@ -99,9 +97,7 @@ def read_config(path: Path) -> CheckpointConfig:
     missing = [
         name
         for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"checkpoint: {path} lacks {', '.join(missing)}")
@@ -111,7 +107,9 @@ def read_config(path: Path) -> CheckpointConfig:
 def _check_fit(folder: Path, expected: dict[str, tuple[int, ...]], state: dict[str, torch.Tensor]) -> None:
     for name, tensor in state.items():
         if name not in expected:
-            raise ValueError(f"checkpoint: {folder / WEIGHTS} holds {name!r}, which a model of config.json's sizes lacks")
+            raise ValueError(
+                f"checkpoint: {folder / WEIGHTS} holds {name!r}, which a model of config.json's sizes lacks"
+            )
         if tuple(tensor.shape) != expected[name]:
             raise ValueError(
                 f"checkpoint: {name} has shape {list(tensor.shape)} in {folder / WEIGHTS}, but config.json's sizes "

@@ -23,4 +23,6 @@ class EMA:
     def update(self, step: int) -> None:
         """After optimiser step `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach().float() for p in self._weights.values()], 1 - decay)
+        torch._foreach_lerp_(
+            list(self.shadow.values()), [p.detach().float() for p in self._weights.values()], 1 - decay
+        )

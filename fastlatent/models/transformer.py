@@ -20,7 +20,7 @@ from fastlatent.heads.latentlm import (
 )
 
 ROPE_BASE = 10_000
-LABEL_STD = 0.02
+EMBEDDING_STD = 0.02
 
 # name: depth, hidden size, heads, mlp ratio, blocks of the diffusion head
 SIZES: dict[str, tuple[int, int, int, float, int]] = {
@@ -188,20 +188,19 @@ class Transformer(nn.Module):
         self.noisy_x_embedder = TokenEmbedder(config.in_channels, hidden)
         self.t_embedder = TimestepEmbedder(hidden)
         self.y_embedder = LabelEmbedder(config.num_classes, hidden)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.diffusion_blocks = nn.ModuleList(DiffusionBlock(hidden, width) for _ in range(config.diffusion_depth))
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.diffusion_blocks = nn.ModuleList([DiffusionBlock(hidden, width) for _ in range(config.diffusion_depth)])
         self.condition_layer = ConditionLayer(hidden)
         self.final_layer = FinalLayer(hidden, config.in_channels)
         self._rope: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def initialize(self) -> None:
         """Published initial weights: zero modulations and output, N(0, 0.02) for t MLP and labels."""
-        for part in (*self.diffusion_blocks, self.final_layer):
-            nn.init.zeros_(part.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(linear.weight, std=LABEL_STD)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=LABEL_STD)
+        for name, parameter in self.named_parameters():
+            if ".adaLN_modulation." in name or name == "final_layer.linear.weight":
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder.", "y_embedder.")):
+                nn.init.normal_(parameter, std=EMBEDDING_STD)
 
     @property
     def head(self) -> LatentHead:
@@ -229,6 +228,7 @@ class Transformer(nn.Module):
         h = h[:, None]
         cos, sin = (table[position : position + 1] for table in self._rope_for(h))
         for block, (keys, values) in zip(self.blocks, cache, strict=True):
+            assert isinstance(block, Block)
             h = block.step(h, cos, sin, keys, values, position)
         return self.condition_layer(h)[:, 0]
 

@@ -12,14 +12,10 @@ from fastlatent.ops._library import LIBRARY
 ROW = 16
 P, Q, R, A, F, B, C, D, E, S, L0, L1, BASE, T = range(14)
 
-LIBRARY.define(
-    "solver_step(Tensor(a!) state, Tensor output, Tensor guidance, Tensor row, Tensor? noise=None) -> ()"
-)
+LIBRARY.define("solver_step(Tensor(a!) state, Tensor output, Tensor guidance, Tensor row, Tensor? noise=None) -> ()")
 
 
-def solver_step(
-    state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Tensor | None = None
-) -> None:
+def solver_step(state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Tensor | None = None) -> None:
     """Advance `state` by one solver step in place. Everything is computed in the state's dtype.
 
     With o = sum_j guidance[j] * output[j] and z = noise, elementwise over [B, C]:
@@ -78,9 +74,7 @@ def solver_step(
             )
     for name, tensor in named.items():
         if tensor.device != state.device:
-            raise ValueError(
-                f"solver_step: expected {name} on {state.device} like state, got {_describe(tensor)}"
-            )
+            raise ValueError(f"solver_step: expected {name} on {state.device} like state, got {_describe(tensor)}")
         if tensor.requires_grad:
             raise ValueError(
                 f"solver_step: expected inputs without gradient, got {name} that requires grad; this op only "

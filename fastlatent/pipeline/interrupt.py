@@ -22,7 +22,9 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -34,4 +36,8 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print(f"\n{signal.Signals(number).name}: stopping after this step; again: at once", file=sys.stderr, flush=True)
+        print(
+            f"\n{signal.Signals(number).name}: stopping after this step; again: at once",
+            file=sys.stderr,
+            flush=True,
+        )

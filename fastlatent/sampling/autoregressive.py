@@ -111,5 +111,11 @@ class NextTokenSampler:
             modulations = self.head.modulations(condition, t_embedding, self._modulation_weight)
             for k, modulation in enumerate(modulations, begin):
                 output = self._denoise(state[0].to(self.dtype), modulation)
-                solver_step(state, output, guidance, self._rows[k], None if added is None else added[:, k].contiguous())
+                solver_step(
+                    state,
+                    output,
+                    guidance,
+                    self._rows[k],
+                    None if added is None else added[:, k].contiguous(),
+                )
         return state[0]

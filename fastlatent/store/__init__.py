@@ -1,0 +1,76 @@
+"""The latent store: format "fls/1", its files, its promises and its commit protocol. Needs no torch.
+
+DATASET/
+    dataset.json                   the commit root; what it does not name does not exist
+    provenance.json                {"hashed": what decides the bytes, "informational": the rest}; written first
+    shards/1x8x32x32/UNIT-XXH3.safetensors         latents, one folder per shape of row; never changed or deleted
+    manifest/GGGGGG.json           the shards that generation G added
+    index/GGGGGG.safetensors       one row per sample: where it lies, its label, its source
+    statistics/GGGGGG.json         per latent channel, over the rows of the index
+    quarantine/GGGGGG.json         files of the scan that could not become rows, and why; absent where there are none
+    plan/GGGGGG.json, journal/UUID.jsonl, .lock, .tmp-*    an encode in progress; a reader needs none of them
+Files of earlier generations stay for readers that have them open; an encode never removes them.
+
+Conventions. Numbers are little-endian. Digests are xxh3_128 (32 hexadecimal digits) unless named otherwise; in a column
+one takes two uint64, the upper half first. Canonical JSON has sorted keys, no spaces, and ASCII only, lone surrogates
+escaped; JSON that is hashed is hashed in that spelling. A key is a sample's relative POSIX path; its bytes are
+key.encode("utf-8", "surrogateescape"), and "key order" is the order of these bytes. Paths in JSON are relative POSIX
+paths that stay inside DATASET.
+
+SHARD: a safetensors file of N >= 1 rows of one shape, which plain `safetensors.safe_open` reads. The header is padded
+with spaces so that the first tensor begins at a multiple of 4096 bytes; so does every other, through U8 tensors
+"_pad.0", "_pad.1" ... Tensors, in this order:
+    sample_id     U64 [N]       xxh3_64 of the key's bytes
+    key.offsets   U64 [N+1]     key i is key.utf8[offsets[i] : offsets[i+1]]
+    key.utf8      U8            the keys' bytes
+    src_xxh3      U64 [N, 2]    digest of the source file's bytes
+    orig_hw       I32 [N, 2]    height and width of the source image, in pixels, upright (EXIF orientation applied)
+    crop          I32 [N, 4]    top, left, height, width of what the latent shows, in those pixels, rounded
+    row_xxh3      U64 [N]       xxh3_64 of the bytes of moments[i]
+    moments       F16, F32 or BF16 [N, F, 2C, H, W]    mean || logvar of the posterior as the autoencoder gives them:
+                  not scaled, shifted or normalised, logvar not clamped. F = 2: the image, then its mirror image
+                  encoded (not the mirrored latent). F16 is the default. No row holds NaN or infinity.
+`__metadata__`: fls.format, fls.fingerprint, fls.provenance (canonical JSON whose SHA-256 is the fingerprint), fls.unit,
+fls.bucket ("FxDxHxW", D = 2C), fls.fields (JSON list of payload names), fls.scaling ("raw"), fls.pixel_range (of what
+the autoencoder saw; "-1,1" unless the provenance has another), fls.posterior ("mean,logvar"), fls.channels. A shard
+holds nothing of time, machine or label: the same files and settings give the same bytes.
+The name is the unit's id, then the digest of the file. A unit's id is the digest of canonical JSON
+[fingerprint, shape of a row, [[key, digest] ...]] of all its files, those in quarantine included.
+
+INDEX: a safetensors file with the same padding; row i is sample i, in key order; exactly the files of the last scan:
+    key_hash U64 [N] (= sample_id), bucket U16 [N], shard U32 [N] (its number in the manifests taken together), row
+    U32 [N], label I64 [N] (into "classes", -1 for none), src_size U64 [N], src_mtime_ns I64 [N], src_xxh3 U64 [N, 2],
+    orig_hw I32 [N, 2], crop I32 [N, 4], key.offsets U64 [N+1], key.utf8 U8. Labels are here and nowhere else.
+
+DATASET.JSON: format; generation (from 1); fingerprint (SHA-256 of canonical JSON of provenance.json's "hashed");
+totals {rows, shards, bytes (of shards), quarantined}; buckets [{shape [F, 2C, H, W], dtype, rows}]; fields [{name,
+required}]; classes [name]; manifests, indexes [{path, bytes, xxh3_128}]; statistics {path, bytes, xxh3_128};
+quarantine the same, or null; previous_generation (a number, or null); xxh3_128 (digest of canonical JSON of all other
+members).
+MANIFEST: {format, fingerprint, shards [{unit, path, bytes, header_bytes, header_xxh3_64 (of the first header_bytes),
+xxh3_128, rows, bucket, first_key, last_key, statistics (of all its rows)}]}, in the order of the plan.
+STATISTICS: {count, mean, m2, posterior_variance, min, max, abs_max}, see `fastlatent.store.statistics`.
+QUARANTINE: {format, fingerprint, files [{key, digest, size, mtime_ns, reason, error}]}.
+
+COMMIT PROTOCOL. Every file is written as .tmp-NAME-UUID beside its place, fdatasynced, renamed, and the directory
+fsynced (new directories too). One writer at a time holds flock on .lock.
+    1. provenance.json.
+    2. plan/G.json, G the coming generation: {format, generation, fingerprint, units [{unit, bucket, items [[key,
+       digest, size, mtime_ns]]}]}. Units are cut in key order from the (key, digest) pairs that no manifest,
+       quarantine or journal has. A pending plan stays while every file of its open units is unchanged.
+    3. For each unit, in any order: its shard, then one fsynced line in this writer's journal: {generation, unit, dtype,
+       shard (as in the manifest, or null), quarantined}. A last line that is torn counts for nothing; a unit counts
+       while its shard is there in full size. Of two lines for one unit the smaller shard digest wins.
+    4. quarantine, manifest, index, statistics of G; a file equal to the last generation's is named, not written again.
+    5. dataset.json, by rename: this is the commit. Where it would say what it says already, there is no generation G.
+    6. The plan, the journals and unfinished files are removed. Shards never are.
+Killed anywhere, the same command run again goes on, and ends with the same bytes in every file.
+
+STABILITY. "fls/1" is final: files written today stay readable, and nothing will need encoding again.
+A reader must refuse: another "format"; an entry of "fields" that it does not know, unless its "required" is false; a
+number of indexes other than one; rows that are not [F, 2C, H, W]; a file whose size or digest is not the recorded one;
+a shard whose size or header is not; tensors that overlap or leave holes; paths that lead outside; numbers that point
+past their table.
+A writer may add, and a reader must ignore: further members of any JSON object, further strings of `__metadata__`,
+further tensors of shard and index, and "fields" with "required": false.
+"""

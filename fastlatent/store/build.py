@@ -1,4 +1,4 @@
-"""An encode in progress: the lock, the plan of a coming generation, and the journals of what was committed."""
+"""An encode in progress: the lock, the plan of the coming generation, the journals of what was committed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOCK_PATIENCE = 0.5  # seconds: `lock_holder` of a monitor holds the lock for mi
 
 
 class Lock:
-    """flock on DATASET/.lock, which names its holder. The kernel lets go of it when the process ends, however it ends."""
+    """flock on DATASET/.lock, which names its holder. It ends with the process, however that ends."""
 
     def __init__(self, root: Path):
         """Raises ValueError: another process holds it, or the folder cannot be written to."""
@@ -41,9 +41,7 @@ class Lock:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise ValueError(
-                f"{root}: expected a folder that can be written to, got: {error.strerror}"
-            ) from None
+            raise ValueError(f"{root}: expected a folder that can be written to, got: {error.strerror}") from None
         deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             try:
@@ -53,12 +51,10 @@ class Lock:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or time.monotonic() > deadline:
                     os.close(self._fd)
                     if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                        raise ValueError(
-                            f"{path}: expected a file system with flock, got: {error.strerror}"
-                        ) from None
+                        raise ValueError(f"{path}: expected a file system with flock, got: {error.strerror}") from None
                     raise ValueError(
-                        f"{root} is being written by {_holder(path)}; wait until that has finished, or stop it "
-                        "(the lock ends with its process) and run this again"
+                        f"{root} is being written by {_holder(path)}; wait until that has finished, or "
+                        "stop it (the lock ends with its process) and run this again"
                     ) from None
                 time.sleep(0.02)
         os.ftruncate(self._fd, 0)
@@ -139,8 +135,8 @@ def read_plan(root: Path, generation: int, fingerprint: str) -> list[Unit]:
     for name, expected in wanted.items():
         if member(value, name, (str, int), str(path)) != expected:
             raise ValueError(
-                f"{path}: {name!r}: expected {expected!r}, got {value[name]!r}; delete the file: units that are "
-                "already encoded but not yet in the dataset will be encoded again"
+                f"{path}: {name!r}: expected {expected!r}, got {value[name]!r}; delete the file: units "
+                "that are already encoded but not yet in the dataset will be encoded again"
             )
     units = member(value, "units", list, str(path))
     return [Unit.parse(unit, fingerprint, f"{path}: unit {i}") for i, unit in enumerate(units)]
@@ -192,9 +188,7 @@ class Journal:
             if self._fd is None:
                 make_directory(self._directory)
                 path = self._directory / f"{uuid.uuid4().hex}.jsonl"
-                self._fd = os.open(
-                    path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666
-                )
+                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
                 fsync_directory(self._directory)
             write_all(self._fd, canonical_json(committed.to_dict()) + b"\n")
             os.fsync(self._fd)

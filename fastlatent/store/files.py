@@ -1,4 +1,4 @@
-"""Durable files: what has been named is complete, and stays after a power cut. Also the JSON rules of the store."""
+"""Durable files: what has a name is complete, and stays after a power cut. Also the store's JSON rules."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ MAX_JSON_BYTES = 1 << 31  # a plan of 10 M files is about 1.2 GB; anything above
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a machine that comes back, sees the old file or the new one.
+    """Write `data` to `path` so that any reader, also after a power cut, sees the old file or the new.
 
-    Temporary file in the same directory -> write -> fdatasync -> rename -> fsync of the directory. Missing parent
-    directories are made durable first.
+    Temporary file in the same directory -> write -> fdatasync -> rename -> fsync of the directory. Missing
+    parent directories are made durable first.
 
     Raises:
-        OSError: the disk is full, read-only ...; the temporary file is removed and what was at `path` is kept.
+        OSError: the disk is full, read-only ...; the temporary file is removed and what was at `path` is
+            kept.
     """
 
     def write(fd: int) -> str:
@@ -34,7 +35,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def publish(directory: Path, stem: str, write: Callable[[int], str]) -> Path:
-    """Create one file: `write(fd)` fills a temporary one and returns the name it shall have in `directory`."""
+    """Create one file: `write(fd)` fills a temporary one and returns its final name."""
     temporary = directory / f"{TEMPORARY}{_shorten(stem)}-{uuid.uuid4().hex}"
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -85,7 +86,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def canonical_json(value: object) -> bytes:
-    """The one spelling of a JSON value that is hashed: sorted keys, no spaces, ASCII (lone surrogates escaped).
+    """The spelling of a JSON value that is hashed: sorted keys, no spaces, ASCII (surrogates escaped).
 
     Raises:
         ValueError: the value holds something JSON has no exact form for (NaN, infinity, an object).
@@ -93,14 +94,12 @@ def canonical_json(value: object) -> bytes:
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"expected a value that JSON can hold exactly, got {value!r:.200}: {error}"
-        ) from None
+        raise ValueError(f"expected a value that JSON can hold exactly, got {value!r:.200}: {error}") from None
     return text.encode("ascii")
 
 
 def parse_json(data: bytes | memoryview, what: str) -> Any:
-    """`data` as JSON, with names that occur twice refused. `what` begins the error: a file and perhaps a line.
+    """`data` as JSON, with names that occur twice refused. `what` begins the error: the file.
 
     Raises:
         ValueError: it is not JSON.
@@ -137,9 +136,7 @@ def inside(root: Path, relative: str, what: str) -> Path:
         raise ValueError(f"{what}: expected a path inside {root}, got {relative!r}")
     path = root / pure
     if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(
-            f"{what}: expected a path inside {root}, got {relative!r}, a link to {path.resolve()}"
-        )
+        raise ValueError(f"{what}: expected a path inside {root}, got {relative!r}, a link to {path.resolve()}")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Turn what was committed into a generation: manifest, index, statistics, quarantine, and dataset.json last."""
+"""Turn what was committed into a generation: manifest, index, statistics, quarantine; dataset.json last."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def merge(
     revived: dict[Pair, Place],
     committed: list[Committed],
 ) -> DatasetInfo:
-    """Write the generation after `current`: exactly the files of `scan`, with the units `committed`, in plan order.
+    """Write the generation after `current`: exactly the files of `scan`; `committed` is in plan order.
 
     Nothing is written to dataset.json where it would say what it says already.
     """
@@ -93,13 +93,11 @@ def merge(
     before = current.root if current else nothing
     added = [one.shard for one in committed if one.shard]
     shards = [*(current.shards if current else ()), *added]
-    dtype = (
-        current.buckets[0].dtype if current else next((one.dtype for one in committed if one.shard), "F16")
-    )
+    dtype = current.buckets[0].dtype if current else next((one.dtype for one in committed if one.shard), "F16")
     source = _Source(path, fingerprint, [Bucket(bucket, dtype, 0)], shards)
 
     def put(kind: str, suffix: str, data: bytes, previous: object) -> dict[str, Any]:
-        """Write DATASET/kind/GENERATION.suffix, or name the previous generation's file where it holds the same."""
+        """Write DATASET/kind/GENERATION.suffix, or name the previous generation's file if it is the same."""
         record = FileRecord.of(f"{kind}/{generation:06d}.{suffix}", data)
         if previous is not None:
             old = FileRecord.parse(previous, ROOT)
@@ -117,13 +115,9 @@ def merge(
     if bad:
         quarantine = put("quarantine", "json", listing("files", list(bad.values())), before["quarantine"])
     if not good:
-        reasons = "".join(
-            f"\n  {one['key']}: {one['error']}: {one['reason']}" for one in list(bad.values())[:3]
-        )
+        reasons = "".join(f"\n  {one['key']}: {one['error']}: {one['reason']}" for one in list(bad.values())[:3])
         where = f"; all {len(bad)} are listed in {path / quarantine['path']}:{reasons}" if quarantine else ""
-        raise ValueError(
-            f"{path}: expected at least one file that can be encoded, got 0 of {len(scan)}{where}"
-        )
+        raise ValueError(f"{path}: expected at least one file that can be encoded, got 0 of {len(scan)}{where}")
 
     columns = _index(good, current, indexed, revived | source.places(len(shards) - len(added)), source)
     header, tensors = layout(columns, (), {"fls.format": FORMAT, "fls.fingerprint": fingerprint})
@@ -159,20 +153,20 @@ def merge(
 
 
 def clean(path: Path, generation: int) -> None:
-    """Remove what no generation after `generation` needs: plans, journals, and unfinished files. Never a shard."""
+    """Remove plans and journals of generations up to `generation`, and unfinished files. Never a shard."""
     for plan in (path / PLAN).glob("*.json"):
         if plan.stem.isdecimal() and int(plan.stem) <= generation:
             plan.unlink()
     for journal in (path / JOURNAL).glob("*.jsonl"):
         if journal_generation(journal) <= generation:
             journal.unlink()
-    for temporary in path.rglob(f"{TEMPORARY}*"):
+    for temporary in path.rglob(f"{TEMPORARY}*-{'[0-9a-f]' * 32}"):
         temporary.unlink()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The shards of old and new manifests; each is opened for a moment, so that no limit on open files is met."""
+    """The shards of old and new manifests, each opened for a moment only: there may be many thousands."""
 
     path: Path
     fingerprint: str
@@ -195,18 +189,12 @@ def _pairs(shard: Shard) -> list[Pair]:
     return list(zip(key_list(shard.columns), digest_strings(shard.columns["src_xxh3"]), strict=True))
 
 
-def _quarantine(
-    scan: list[Scanned], current: Dataset | None, committed: list[Committed]
-) -> dict[Pair, dict[str, Any]]:
+def _quarantine(scan: list[Scanned], current: Dataset | None, committed: list[Committed]) -> dict[Pair, dict[str, Any]]:
     """The quarantine entries of the scan's files, in key order."""
     known = quarantined_files(current)
-    known |= {
-        (encode_key(one.key), one.digest): one.to_dict() for unit in committed for one in unit.quarantined
-    }
+    known |= {(encode_key(one.key), one.digest): one.to_dict() for unit in committed for one in unit.quarantined}
     return {
-        one.pair: {**known[one.pair], "size": one.size, "mtime_ns": one.mtime_ns}
-        for one in scan
-        if one.pair in known
+        one.pair: {**known[one.pair], "size": one.size, "mtime_ns": one.mtime_ns} for one in scan if one.pair in known
     }
 
 

@@ -1,4 +1,4 @@
-"""Open a dataset: everything but the latents themselves is checked here, once; shards open when they are needed."""
+"""Open a dataset: all but the latents is checked here, once; shards open when they are needed."""
 
 from __future__ import annotations
 
@@ -53,14 +53,15 @@ class Dataset:
     """One generation of a dataset. Row i of every index column describes sample i; samples are in key order.
 
     Attributes:
-        path, generation, fingerprint, provenance ({"hashed", "informational"}), classes (names; a label is an index
+        path, generation, fingerprint, provenance ({"hashed", "informational"}), classes (names; a label is an
+        index
             into them), totals, buckets, shards, statistics: of this generation.
         key_hash: uint64 [N], xxh3_64 of the key's bytes.
         bucket: uint16 [N], into `buckets`.
         shard, row: uint32 [N], into `shards`, and of that shard's rows.
         label: int64 [N], -1 where there is none.
-        src_size, src_mtime_ns, src_xxh3: uint64 [N], int64 [N], uint64 [N, 2] (upper and lower half of xxh3_128) of
-            the source file.
+        src_size, src_mtime_ns, src_xxh3: uint64 [N], int64 [N], uint64 [N, 2] (upper and lower half of
+            xxh3_128) of the source file.
         orig_hw, crop: int32 [N, 2], int32 [N, 4]: see `fastlatent.store`.
         key_offsets, key_utf8: uint64 [N+1], uint8: key i is key_utf8[key_offsets[i] : key_offsets[i+1]].
         root: dataset.json itself. quarantine: the entries of the quarantine file.
@@ -77,16 +78,14 @@ class Dataset:
         found = fingerprint_of(self.provenance["hashed"])
         if found != self.fingerprint:
             raise ValueError(
-                f"{path / PROVENANCE}: expected what has the fingerprint {self.fingerprint}, got {found}: the file "
-                "was edited; restore it from a copy"
+                f"{path / PROVENANCE}: expected what has the fingerprint {self.fingerprint}, got {found}: "
+                "the file was edited; restore it from a copy"
             )
         self.classes: list[str] = member(root, "classes", list, what)
         if not all(isinstance(name, str) for name in self.classes):
             raise ValueError(f"{what}: 'classes': expected strings, got {self.classes!r:.200}")
         totals = member(root, "totals", dict, what)
-        self.totals = Totals(
-            *(natural(totals, name, what) for name in ("rows", "shards", "bytes", "quarantined"))
-        )
+        self.totals = Totals(*(natural(totals, name, what) for name in ("rows", "shards", "bytes", "quarantined")))
         self.buckets = [Bucket.parse(one, f"{what}: buckets") for one in member(root, "buckets", list, what)]
         self.shards = _read_manifests(path, root, self.fingerprint, len(self.buckets))
         recorded = FileRecord.parse(member(root, "statistics", dict, what), f"{what}: statistics")
@@ -113,8 +112,8 @@ class Dataset:
         """Open the current generation.
 
         Raises:
-            ValueError: no dataset there, one that is not finished, another format version, or damage anywhere but
-                in the latents; it names the file, what was expected and what came.
+            ValueError: no dataset there, one that is not finished, another format version, or damage anywhere
+                but in the latents; it names the file, what was expected and what came.
         """
         path = Path(path)
         return cls(path, read_root(path))
@@ -133,7 +132,7 @@ class Dataset:
         return [Quarantined.parse(one, "quarantine") for one in self.quarantine]
 
     def open_shard(self, i: int) -> Shard:
-        """Shard i, mapped; kept open. Its size, its header (by digest) and its columns are checked, the latents not.
+        """Shard i, mapped and kept open; its size, header and columns are checked, the latents not.
 
         Raises:
             ValueError: missing, truncated, extended, or with another header than the one that was committed.
@@ -162,16 +161,15 @@ class Dataset:
             raise ValueError(f"{what}, got labels outside -1 to {len(self.classes) - 1}")
         channels = {bucket.shape[1] // 2 for bucket in self.buckets}
         if channels != {len(self.statistics.mean)}:
-            raise ValueError(
-                f"{what}, got statistics of {len(self.statistics.mean)} channels, not {channels}"
-            )
+            raise ValueError(f"{what}, got statistics of {len(self.statistics.mean)} channels, not {channels}")
 
 
 @dataclass
 class BuildState:
-    """How far an encode is: of the plan of the coming generation, or zeros while the files are still being read.
+    """How far an encode is: of the plan of the coming generation, or zeros while files are being read.
 
-    `bytes` are those of the finished shards; `writer` is "pid N on HOST", None where the encode was interrupted.
+    `bytes` are those of the finished shards; `writer` is "pid N on HOST", None where the encode was
+    interrupted.
     """
 
     planned_units: int
@@ -225,21 +223,21 @@ def read_root(path: Path) -> dict[str, Any]:
     root = parse_json(read_bytes(file), str(file))
     if member(root, "format", str, str(file)) != FORMAT:
         raise ValueError(
-            f"{file}: expected format {FORMAT!r}, got {root['format']!r:.100}: use the version of fastlatent that "
-            "wrote it, or a newer one"
+            f"{file}: expected format {FORMAT!r}, got {root['format']!r:.100}: use the version of "
+            "fastlatent that wrote it, or a newer one"
         )
     stated = hexadecimal(root, "xxh3_128", 32, str(file))
     if stated != root_digest(root):
         raise ValueError(
-            f"{file}: expected contents with xxh3_128 {stated}, got {root_digest(root)}: the file was edited or "
-            "damaged; restore it from a copy, or encode into a new folder"
+            f"{file}: expected contents with xxh3_128 {stated}, got {root_digest(root)}: the file was "
+            "edited or damaged; restore it from a copy, or encode into a new folder"
         )
     for field in member(root, "fields", list, str(file)):
         name = member(field, "name", str, f"{file}: fields")
         if field.get("required") is not False and name not in KNOWN_FIELDS:
             raise ValueError(
-                f"{file}: fields: expected only {sorted(KNOWN_FIELDS)} to be required, got {name!r:.100}: use a newer "
-                "version of fastlatent"
+                f"{file}: fields: expected only {sorted(KNOWN_FIELDS)} to be required, got {name!r:.100}: "
+                "use a newer version of fastlatent"
             )
     return root
 
@@ -254,9 +252,9 @@ def _why_missing(path: Path) -> str:
         return f"expected a dataset, got no folder {path}"
     state = build_state(path)
     if state is not None and state.writer is not None:
-        return f"the first encode is still going on ({state.writer}, {_progress(state)}); wait until it has finished"
+        return f"the first encode is still going on ({state.writer}, {_progress(state)}); wait for its end"
     if state is not None:
-        return f"an encode was interrupted ({_progress(state)}): rerun the same encode command, it goes on from there"
+        return f"an encode was interrupted ({_progress(state)}): rerun the same encode command to go on"
     if (path / PROVENANCE).exists():
         return "an encode was interrupted before its first unit: rerun the same encode command"
     return f"expected a dataset, got a folder with {sorted(p.name for p in path.iterdir())[:5]}"
@@ -267,7 +265,7 @@ def _progress(state: BuildState) -> str:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """provenance.json: {"hashed": what the fingerprint is of, "informational": what does not decide bytes}."""
+    """provenance.json: {"hashed": what the fingerprint is of, "informational": the rest}."""
     file = path / PROVENANCE
     value = parse_json(read_bytes(file), str(file))
     member(value, "hashed", dict, str(file))
@@ -295,8 +293,8 @@ def open_checked(path: Path, record: ShardRecord, buckets: list[Bucket], fingerp
     for name, value in expected.items():
         if found.get(name) != value:
             raise ValueError(
-                f"{file}: {name}: expected {value!r}, got {found.get(name)!r:.200}: the header is damaged, or the "
-                "file is of another dataset; restore it from a copy"
+                f"{file}: {name}: expected {value!r}, got {found.get(name)!r:.200}: the header is damaged, or "
+                "the file is of another dataset; restore it from a copy"
             )
     check_keys(shard.columns, shard.dtypes, str(file))
     return shard
@@ -320,34 +318,24 @@ def _read_manifests(path: Path, root: dict[str, Any], fingerprint: str, buckets:
         for name, expected in (("format", FORMAT), ("fingerprint", fingerprint)):
             if member(manifest, name, str, what) != expected:
                 raise ValueError(f"{what}: {name!r}: expected {expected!r}, got {manifest[name]!r:.100}")
-        shards += [
-            ShardRecord.parse(one, f"{what}: shards") for one in member(manifest, "shards", list, what)
-        ]
+        shards += [ShardRecord.parse(one, f"{what}: shards") for one in member(manifest, "shards", list, what)]
     for shard in shards:
         if shard.bucket >= buckets:
-            raise ValueError(
-                f"{path / ROOT}: expected bucket {shard.bucket} of {shard.path}, got {buckets} buckets"
-            )
+            raise ValueError(f"{path / ROOT}: expected bucket {shard.bucket} of {shard.path}, got {buckets} buckets")
         inside(path, shard.path, "manifest")
     return shards
 
 
 def _read_index(path: Path, root: dict[str, Any], fingerprint: str) -> dict[str, np.ndarray]:
-    records = [
-        FileRecord.parse(one, f"{path / ROOT}: indexes") for one in member(root, "indexes", list, str(path))
-    ]
+    records = [FileRecord.parse(one, f"{path / ROOT}: indexes") for one in member(root, "indexes", list, str(path))]
     if len(records) != 1:
-        raise ValueError(
-            f"{path / ROOT}: 'indexes': expected one file, got {len(records)}: use a newer fastlatent"
-        )
+        raise ValueError(f"{path / ROOT}: 'indexes': expected one file, got {len(records)}: use a newer fastlatent")
     file = inside(path, records[0].path, str(path / ROOT))
     shard = Shard.open(file, expected_bytes=records[0].bytes)
     records[0].check(file, memoryview(shard.mapping))
     rows = len(shard.columns.get("row", ()))
     if shard.metadata.get("fls.format") != FORMAT or shard.metadata.get("fls.fingerprint") != fingerprint:
-        raise ValueError(
-            f"{file}: expected the index of {FORMAT} dataset {fingerprint}, got {shard.metadata}"
-        )
+        raise ValueError(f"{file}: expected the index of {FORMAT} dataset {fingerprint}, got {shard.metadata}")
     for name, (dtype, rest) in {**INDEX_COLUMNS, "key.offsets": ("U64", ())}.items():
         expected = (dtype, (rows + (name == "key.offsets"), *rest))
         found = (shard.dtypes.get(name), shard.columns[name].shape if name in shard.columns else None)

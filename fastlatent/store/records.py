@@ -62,17 +62,15 @@ class FileRecord:
 
     @classmethod
     def parse(cls, value: object, what: str) -> FileRecord:
-        return cls(
-            member(value, "path", str, what), natural(value, "bytes", what), _digest(value, "xxh3_128", what)
-        )
+        return cls(member(value, "path", str, what), natural(value, "bytes", what), _digest(value, "xxh3_128", what))
 
     def check(self, path: Path, data: Data) -> None:
         """Raise ValueError where the file at `path`, read as `data`, is not the one that was committed."""
         digest = xxhash.xxh3_128_hexdigest(data)
         if (len(data), digest) != (self.bytes, self.xxh3_128):
             raise ValueError(
-                f"{path}: expected {self.bytes} bytes with xxh3_128 {self.xxh3_128}, got {len(data)} bytes with "
-                f"{digest}: the file is damaged; restore it from a copy, or encode into a new folder"
+                f"{path}: expected {self.bytes} bytes with xxh3_128 {self.xxh3_128}, got {len(data)} bytes "
+                f"with {digest}: the file is damaged; restore it from a copy, or encode into a new folder"
             )
 
     def read_json(self, root: Path) -> Any:
@@ -85,7 +83,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One shape of row: [F, 2C, H, W], F = 1, or 2 with the mirrored image; `rows` of them are in the index."""
+    """One shape of row, [F, 2C, H, W]; F = 2 with the mirrored image, else 1. The index has `rows` of them."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -105,14 +103,12 @@ def check_shape(shape: tuple[int, ...], what: str) -> None:
     """Raise ValueError unless `shape` is [F, 2C, H, W] with F = 1 or 2, every size >= 1, and of sane size."""
     sound = len(shape) == 4 and all(type(size) is int and size >= 1 for size in shape)
     if not sound or shape[0] > 2 or shape[1] % 2 or math.prod(shape) > MAX_ROW_BYTES // 4:
-        raise ValueError(
-            f"{what}: expected a row shape [F, 2C, H, W] with F = 1 or 2, got {list(shape)!r:.100}"
-        )
+        raise ValueError(f"{what}: expected a row shape [F, 2C, H, W] with F = 1 or 2, got {list(shape)!r:.100}")
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of one shard. `statistics` are over all of its rows, also those no key points to now."""
+    """What the manifest says of one shard. `statistics` are over all its rows, also those not in use now."""
 
     unit: str
     path: str
@@ -175,11 +171,9 @@ class Unit:
 
     @classmethod
     def of(cls, fingerprint: str, bucket: tuple[int, ...], items: tuple[PlannedItem, ...]) -> Unit:
-        """The unit whose id follows from (fingerprint, bucket, every key and digest), and from nothing else."""
+        """The unit of these items; its id follows from fingerprint, bucket, keys and digests alone."""
         pairs = [[item.key, item.digest] for item in items]
-        return cls(
-            xxhash.xxh3_128_hexdigest(canonical_json([fingerprint, list(bucket), pairs])), bucket, items
-        )
+        return cls(xxhash.xxh3_128_hexdigest(canonical_json([fingerprint, list(bucket), pairs])), bucket, items)
 
     @classmethod
     def parse(cls, value: object, fingerprint: str, what: str) -> Unit:
@@ -203,7 +197,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A file that cannot become a row: what was wrong with it, and the class of the exception that said so."""
+    """A file that cannot become a row: what was wrong with it, and the class of the exception."""
 
     key: str
     digest: str

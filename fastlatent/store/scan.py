@@ -19,7 +19,7 @@ Pair = tuple[bytes, str]  # a key's bytes and its file's digest
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of the present scan. `key` is its relative POSIX path, `label` an index into the classes (-1: none)."""
+    """A file of the present scan: `key` its relative POSIX path, `label` an index into the classes, or -1."""
 
     key: str
     path: str
@@ -51,8 +51,8 @@ def sort_entries(entries: Iterable[Entry], classes: int) -> list[tuple[bytes, En
     for (key, entry), (following, other) in pairwise(pairs):
         if key == following:
             raise ValueError(
-                f"expected every key once, got {entry.key!r} for both {entry.path} and {other.path}: give the sources "
-                "a common folder above them, so that their relative paths differ"
+                f"expected every key once, got {entry.key!r} for both {entry.path} and {other.path}: give the "
+                "sources a common folder above them, so that their relative paths differ"
             )
     for _, entry in pairs:
         if not -1 <= entry.label < classes:
@@ -65,13 +65,12 @@ def scan(
     known: Mapping[bytes, tuple[int, int, str]],
     on_progress: Callable[[int, int], None] | None,
 ) -> list[Scanned]:
-    """The digest of every entry: from `known` (key -> size, mtime_ns, digest) if those agree, else from its bytes."""
-    digests: list[str | None] = []
+    """Every entry with its digest: that in `known` where its size and mtime_ns agree, else that of its bytes."""
+    digests = []
     for key, entry in entries:
-        before = known.get(key)
-        same = before is not None and before[:2] == (entry.size, entry.mtime_ns)
-        digests.append(before[2] if before and same else None)
-    unread = [i for i, digest in enumerate(digests) if digest is None]
+        size, mtime_ns, digest = known.get(key, (-1, -1, ""))
+        digests.append(digest if (size, mtime_ns) == (entry.size, entry.mtime_ns) else "")
+    unread = [i for i, digest in enumerate(digests) if not digest]
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         for start in range(0, len(unread), HASH_BLOCK):
             block = unread[start : start + HASH_BLOCK]
@@ -82,7 +81,6 @@ def scan(
     return [
         Scanned(key, entry.key, entry.path, entry.label, entry.size, entry.mtime_ns, digest)
         for (key, entry), digest in zip(entries, digests, strict=True)
-        if digest is not None
     ]
 
 
@@ -102,7 +100,7 @@ def hash_file(entry: Entry) -> str:
         raise ValueError(f"{entry.path}: listed, but it cannot be read: {error.strerror}") from None
     if (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns):
         raise ValueError(
-            f"{entry.path}: expected {entry.size} bytes of mtime {entry.mtime_ns} ns as listed, got {stat.st_size} of "
-            f"{stat.st_mtime_ns}: something writes to the source; run this again when that has finished"
+            f"{entry.path}: expected {entry.size} bytes of mtime {entry.mtime_ns} ns as listed, "
+            f"got {stat.st_size} of {stat.st_mtime_ns}: something writes to the source; run this again afterwards"
         )
     return digest.hexdigest()

@@ -25,15 +25,15 @@ PAD = "_pad."
 CHUNK_BYTES = 8 << 20  # hashed and written while it is still in the cache
 # name in the header -> the numpy type of the view. numpy has no bfloat16: its bits are uint16.
 DTYPES = {
-    "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8",
-    "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2",
+    "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
+    "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2",
 }  # fmt: skip
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items() if name != "BF16"}
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A finished file: its size in bytes, of which `header_bytes` come before the first tensor, and its digests."""
+    """A finished file: its size, of which `header_bytes` come before the first tensor, and its digests."""
 
     path: Path
     bytes: int
@@ -49,7 +49,7 @@ def write_shard(
     bf16: Collection[str],
     metadata: Mapping[str, str],
 ) -> ShardFile:
-    """Write `directory/{unit}-{xxh3_128 of the file}.safetensors` durably; the same arguments give the same bytes.
+    """Write `directory/{unit}-{xxh3_128}.safetensors` durably; the same arguments give the same bytes.
 
     Args:
         columns: name -> array, in the order in which they are to lie in the file.
@@ -79,10 +79,10 @@ def write_shard(
 def layout(
     columns: Mapping[str, np.ndarray], bf16: Collection[str], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[np.ndarray]]:
-    """The file's first bytes, and the arrays that follow, pads included, each a contiguous little-endian one."""
+    """The file's first bytes, and the arrays that follow, pads included, contiguous and little-endian."""
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     tensors: list[np.ndarray] = []
-    end = 0
+    end = pads = 0
 
     def add(name: str, dtype: str, array: np.ndarray) -> None:
         nonlocal end
@@ -99,11 +99,10 @@ def layout(
             raise ValueError(f"column {name!r}: names that begin with {PAD!r} and '__metadata__' are taken")
         dtype = "BF16" if name in bf16 else NAMES.get(column.dtype.newbyteorder("<"))
         if dtype is None or (dtype == "BF16" and column.dtype != np.uint16):
-            raise ValueError(
-                f"column {name!r}: expected one of {sorted(DTYPES)} (BF16 as uint16), got {column.dtype}"
-            )
+            raise ValueError(f"column {name!r}: expected one of {sorted(DTYPES)} (BF16 as uint16), got {column.dtype}")
         if end % ALIGNMENT:
-            add(f"{PAD}{len(tensors)}", "U8", np.zeros(-end % ALIGNMENT, np.uint8))
+            add(f"{PAD}{pads}", "U8", np.zeros(-end % ALIGNMENT, np.uint8))
+            pads += 1
         add(name, dtype, np.require(column, DTYPES[dtype], "C"))
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
@@ -122,7 +121,7 @@ def chunks(header: bytes, tensors: list[np.ndarray]) -> Iterator[memoryview]:
 
 
 class Shard:
-    """An open shard. One private copy-on-write mapping: writing to a view changes neither the file nor other readers.
+    """An open shard: one private copy-on-write mapping, so that writing to a view never changes the file.
 
     Attributes:
         metadata: the strings of `__metadata__`.
@@ -138,15 +137,11 @@ class Shard:
         self.header_bytes = header.bytes
         self.header_xxh3_64 = header.xxh3_64
         self.metadata = header.metadata
-        self.dtypes = {
-            name: tensor.dtype for name, tensor in header.tensors.items() if not name.startswith(PAD)
-        }
+        self.dtypes = {name: tensor.dtype for name, tensor in header.tensors.items() if not name.startswith(PAD)}
         self.columns: dict[str, np.ndarray] = {}
         for name in self.dtypes:
             tensor = header.tensors[name]
-            view = np.frombuffer(
-                mapping, DTYPES[tensor.dtype], math.prod(tensor.shape), header.bytes + tensor.begin
-            )
+            view = np.frombuffer(mapping, DTYPES[tensor.dtype], math.prod(tensor.shape), header.bytes + tensor.begin)
             self.columns[name] = view.reshape(tensor.shape)
         self.mapping = mapping
 
@@ -206,8 +201,8 @@ def _read_header(fd: int, size: int, path: Path) -> _Header:
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise ValueError(
-            f"{path}: expected a safetensors header of 2 to {MAX_HEADER_BYTES} bytes within the file's {size}, "
-            f"got a length of {length}: the file is truncated or not a shard"
+            f"{path}: expected a safetensors header of 2 to {MAX_HEADER_BYTES} bytes within the file's "
+            f"{size}, got a length of {length}: the file is truncated or not a shard"
         )
     text = os.pread(fd, length, 8)
     parsed = parse_json(text, f"{path}: header")
@@ -220,9 +215,7 @@ def _read_header(fd: int, size: int, path: Path) -> _Header:
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != end:
-            raise ValueError(
-                f"{path}: header: expected {name!r} to begin at {end}, got {tensor.begin}: a hole or an overlap"
-            )
+            raise ValueError(f"{path}: header: expected {name!r} at {end}, got {tensor.begin}: a hole or an overlap")
         end = tensor.end
     if 8 + length + end != size:
         raise ValueError(
@@ -240,9 +233,7 @@ def _tensor(name: str, entry: object, path: Path) -> _Tensor:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{what}: expected a dtype among {sorted(DTYPES)}, got {dtype!r:.100}")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(
-            f"{what}: expected a shape of at most {MAX_DIMENSIONS} sizes >= 0, got {shape!r:.100}"
-        )
+        raise ValueError(f"{what}: expected a shape of at most {MAX_DIMENSIONS} sizes >= 0, got {shape!r:.100}")
     if not _naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"{what}: expected two data_offsets >= 0, got {offsets!r:.100}")
     expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize

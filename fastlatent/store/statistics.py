@@ -33,7 +33,7 @@ class Statistics:
 
     @classmethod
     def of(cls, moments: np.ndarray, dtype: str) -> Statistics:
-        """Of stored rows [N, F, 2C, ...], N >= 1, mean||logvar on axis 2; `dtype` "F16", "F32" or "BF16" (uint16)."""
+        """Of stored rows [N, F, 2C, ...], N >= 1, mean||logvar on axis 2; BF16 comes as uint16."""
         assert len(moments) and moments.shape[2] % 2 == 0
         # The chunk decides the order of summation, so it depends on the shape of a row alone.
         rows = max(1, CHUNK_BYTES // max(1, moments[0].nbytes))
@@ -62,7 +62,7 @@ class Statistics:
         )
 
     def merge(self, other: Statistics) -> Statistics:
-        """Of both together (Chan, Golub, LeVeque 1979). Rounding depends on the order: the store merges in unit order."""
+        """Of both together (Chan, Golub, LeVeque 1979). Rounding depends on the order: merge in unit order."""
         count = self.count + other.count
         share = other.count / count
         delta = other.mean - self.mean
@@ -70,8 +70,7 @@ class Statistics:
             count=count,
             mean=self.mean + delta * share,
             m2=self.m2 + other.m2 + delta * delta * (self.count * share),
-            posterior_variance=self.posterior_variance
-            + (other.posterior_variance - self.posterior_variance) * share,
+            posterior_variance=self.posterior_variance + (other.posterior_variance - self.posterior_variance) * share,
             min=np.minimum(self.min, other.min),
             max=np.maximum(self.max, other.max),
             abs_max=np.maximum(self.abs_max, other.abs_max),
@@ -84,7 +83,7 @@ class Statistics:
 
     @property
     def latent_std(self) -> np.ndarray:
-        """float64 [C]: the std of the posterior's samples, sqrt(Var(mean) + E[variance]) (law of total variance)."""
+        """float64 [C]: the std of the posterior's samples, sqrt(Var(mean) + E[variance])."""
         return np.sqrt(self.m2 / self.count + self.posterior_variance)
 
     def to_dict(self) -> dict[str, object]:
@@ -105,14 +104,10 @@ class Statistics:
             if field.name != "count":
                 numbers = member(value, field.name, list, what)
                 if not all(type(number) is float for number in numbers):
-                    raise ValueError(
-                        f"{what}: {field.name!r}: expected floating-point numbers, got {numbers!r:.100}"
-                    )
+                    raise ValueError(f"{what}: {field.name!r}: expected floating-point numbers, got {numbers!r:.100}")
                 arrays[field.name] = np.array(numbers, np.float64)
         if count < 1 or len({len(array) for array in arrays.values()}) != 1:
-            raise ValueError(
-                f"{what}: expected a count >= 1 and as many values everywhere, got {value!r:.200}"
-            )
+            raise ValueError(f"{what}: expected a count >= 1 and as many values everywhere, got {value!r:.200}")
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError(f"{what}: expected finite numbers, got {value!r:.200}")
         return cls(count=count, **arrays)

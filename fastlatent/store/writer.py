@@ -64,7 +64,7 @@ class Rows:
 
 
 class DatasetWriter:
-    """The one process that may change a dataset, from `open` to the end of the `with` block. Not thread-safe."""
+    """The one writer of a dataset, from `open` to the end of the `with` block. Not thread-safe."""
 
     def __init__(
         self,
@@ -105,15 +105,16 @@ class DatasetWriter:
         """Create a dataset, or take up one that is there: to go on after a kill, or to add what is new.
 
         Args:
-            provenance: {"hashed": what decides the bytes, "informational": the rest}. The dataset keeps those of
-                its first writer.
-            classes: class names; an entry's label is an index into them. May differ from earlier generations'.
+            provenance: {"hashed": what decides the bytes, "informational": the rest}. The dataset keeps those
+                of its first writer.
+            classes: class names; an entry's label is an index into them. May differ from earlier
+                generations'.
             unit_rows: files per unit, hence at most that many rows per shard.
             bucket: shape of a row, [F, 2C, H, W].
 
         Raises:
-            ValueError: the folder holds something else, or a dataset of another fingerprint or row shape; another
-                writer is at work; it cannot be written to.
+            ValueError: the folder holds something else, or a dataset of another fingerprint or row shape;
+                another writer is at work; it cannot be written to.
         """
         path = Path(path)
         bucket = tuple(bucket)
@@ -121,17 +122,13 @@ class DatasetWriter:
             raise ValueError(f"provenance: expected 'hashed' and 'informational', got {sorted(provenance)}")
         check_shape(bucket, "bucket")
         if not 1 <= unit_rows <= max(1, MAX_SHARD_BYTES // (4 * math.prod(bucket))):
-            raise ValueError(
-                f"unit_rows: expected 1 to {MAX_SHARD_BYTES // (4 * math.prod(bucket))}, got {unit_rows}"
-            )
+            raise ValueError(f"unit_rows: expected 1 to {MAX_SHARD_BYTES // (4 * math.prod(bucket))}, got {unit_rows}")
         canonical_json(provenance)  # refuse what JSON cannot hold before anything is written
         _check_ours(path)
         try:
             make_directory(path)
         except OSError as error:
-            raise ValueError(
-                f"{path}: expected a folder that can be written to, got: {error.strerror}"
-            ) from None
+            raise ValueError(f"{path}: expected a folder that can be written to, got: {error.strerror}") from None
         lock = Lock(path)
         try:
             _check_provenance(path, provenance)
@@ -154,35 +151,33 @@ class DatasetWriter:
         self._journal.close()
         self._lock.release()
 
-    def plan(
-        self, entries: Iterable[Entry], on_progress: Callable[[int, int], None] | None = None
-    ) -> list[Unit]:
-        """Commit the plan that brings the dataset to exactly these files, and return its units still to do, in order.
+    def plan(self, entries: Iterable[Entry], on_progress: Callable[[int, int], None] | None = None) -> list[Unit]:
+        """Commit the plan that brings the dataset to exactly these files; return its units still to do, in order.
 
-        A file whose size and mtime are those of the index or of a pending plan is taken to be unchanged; every other
-        one is hashed, and `on_progress(done, total)` counts those.
+        A file whose size and mtime are those of the index or of a pending plan is taken to be unchanged;
+        every other one is hashed, and `on_progress(done, total)` counts those.
 
         Raises:
-            ValueError: a key that occurs twice, a label outside the classes, a file that cannot be read or changes
-                while it is read.
+            ValueError: a key that occurs twice, a label outside the classes, a file that cannot be read or
+                changes while it is read.
         """
         self._scan = None  # until this plan stands, `finish` has nothing to finish
         self._indexed = index_rows(self._current)
-        files = self._read(sort_entries(entries, len(self._classes)), on_progress)
+        pending = read_plan(self.path, self._generation, self.fingerprint)
+        files = scan(sort_entries(entries, len(self._classes)), self._known(pending), on_progress)
         settled = quarantined_files(self._current)
         wanted = {one.pair: one for one in files if one.pair not in self._indexed and one.pair not in settled}
         self._revived = revive(self._current, set(wanted))
         wanted = {pair: one for pair, one in wanted.items() if pair not in self._revived}
-        units = self._cut(wanted)
-        pending = plan_path(self.path, self._generation)
-        if units or pending.exists():
+        units = self._cut(wanted, pending)
+        if units or plan_path(self.path, self._generation).exists():
             write_plan(self.path, self._generation, self.fingerprint, units)
         self._units = {unit.id: unit for unit in units}
         self._scan = files
         return [unit for unit in units if unit.id not in self._committed]
 
     def commit(self, unit: Unit, rows: Rows, quarantined: Iterable[Quarantined] = ()) -> None:
-        """Make one unit durable: its shard, then its journal line. Rows with NaN or infinity go into quarantine.
+        """Make a unit durable: its shard, then its journal line. Rows with NaN or infinity are quarantined.
 
         Args:
             rows: of every item of the unit that is not in `quarantined`, in the unit's order.
@@ -192,22 +187,16 @@ class DatasetWriter:
             OSError: the disk is full ...; nothing is committed, and the call can be repeated.
         """
         if unit.id not in self._units or unit.id in self._committed:
-            raise ValueError(
-                f"unit {unit.id}: expected one that `plan` returned and that is not yet committed"
-            )
+            raise ValueError(f"unit {unit.id}: expected one that `plan` returned and that is not yet committed")
         unit = self._units[unit.id]
         bad = {one.key: one for one in quarantined}
         items = [item for item in unit.items if item.key not in bad]
-        if not {(one.key, one.digest) for one in bad.values()} <= {
-            (item.key, item.digest) for item in unit.items
-        }:
-            raise ValueError(
-                f"unit {unit.id}: expected files of this unit in quarantine, got {list(bad)!r:.300}"
-            )
+        if not {(one.key, one.digest) for one in bad.values()} <= {(item.key, item.digest) for item in unit.items}:
+            raise ValueError(f"unit {unit.id}: expected files of this unit in quarantine, got {list(bad)!r:.300}")
         if rows.keys != [item.key for item in items]:
             raise ValueError(
-                f"unit {unit.id}: expected rows for {len(items)} keys in the unit's order, got {len(rows.keys)} keys "
-                f"that begin {rows.keys[:3]!r:.200}"
+                f"unit {unit.id}: expected rows for {len(items)} keys in the unit's order, got "
+                f"{len(rows.keys)} keys that begin {rows.keys[:3]!r:.200}"
             )
         dtype = self._check_rows(unit, rows)
         finite = _finite_rows(rows.moments, dtype)
@@ -228,8 +217,8 @@ class DatasetWriter:
         """Publish what was committed as a new generation, or keep the current one where nothing has changed.
 
         Raises:
-            ValueError: `plan` was not called, units are missing, or not one row is good (the quarantine is named).
-                What was there is kept.
+            ValueError: `plan` was not called, units are missing, or not one row is good (the quarantine is
+                named). What was there is kept.
         """
         if self._scan is None:
             raise ValueError(f"{self.path}: expected a call of plan() before finish()")
@@ -238,8 +227,8 @@ class DatasetWriter:
             raise ValueError(f"{self.path}: {len(missing)} of {len(self._units)} units are not yet committed")
         committed = [self._committed[unit] for unit in self._units]
         info = merge(
-            self.path, self.fingerprint, self._bucket, self._classes, self._current, self._scan, self._indexed,
-            self._revived, committed,
+            self.path, self.fingerprint, self._bucket, self._classes, self._current, self._scan,
+            self._indexed, self._revived, committed,
         )  # fmt: skip
         self._journal.close()
         self._current = Dataset.open(self.path)
@@ -248,29 +237,26 @@ class DatasetWriter:
         clean(self.path, self._generation)
         return info
 
-    def _read(
-        self, entries: list[tuple[bytes, Entry]], on_progress: Callable[[int, int], None] | None
-    ) -> list[Scanned]:
-        """The digest of every file, from what is already known about it or from its bytes."""
+    def _known(self, pending: list[Unit]) -> dict[bytes, tuple[int, int, str]]:
+        """What files looked like when they were last read: key -> size, mtime_ns, digest."""
         known: dict[bytes, tuple[int, int, str]] = {}
         if self._current is not None:
             sizes, mtimes = self._current.src_size.tolist(), self._current.src_mtime_ns.tolist()
             known = {key: (sizes[i], mtimes[i], digest) for (key, digest), i in self._indexed.items()}
         for (key, digest), one in quarantined_files(self._current).items():
             known[key] = one["size"], one["mtime_ns"], digest
-        for unit in read_plan(self.path, self._generation, self.fingerprint):
+        for unit in pending:
             for item in unit.items:
                 known[encode_key(item.key)] = item.size, item.mtime_ns, item.digest
-        return scan(entries, known, on_progress)
+        return known
 
-    def _cut(self, wanted: dict[Pair, Scanned]) -> list[Unit]:
-        """The units of the plan: of the pending one whatever still holds, then what is left, cut in key order.
+    def _cut(self, wanted: dict[Pair, Scanned], pending: list[Unit]) -> list[Unit]:
+        """The plan's units: of the pending plan whatever still holds, then what is left, cut in key order.
 
-        Units that are committed stay while one of their files is wanted. Of the others either all stay or none: a
-        unit that lost a file would be cut differently, and then so should its neighbours be, lest many small units
-        pile up.
+        Units that are committed stay while one of their files is wanted. Of the others either all stay or
+        none: a unit that lost a file would be cut differently, and then so should its neighbours be, lest
+        many small units pile up.
         """
-        pending = read_plan(self.path, self._generation, self.fingerprint)
         left = dict(wanted)
         units: list[Unit] = []
         for unit in pending:
@@ -297,23 +283,22 @@ class DatasetWriter:
     def _check_rows(self, unit: Unit, rows: Rows) -> str:
         dtype = DTYPES.get(rows.moments.dtype)
         if dtype is None:
-            raise ValueError(
-                f"moments: expected float16, float32 or uint16 (bfloat16), got {rows.moments.dtype}"
-            )
+            raise ValueError(f"moments: expected float16, float32 or uint16 (bfloat16), got {rows.moments.dtype}")
         count = len(rows.keys)
         for name, shape in (("moments", self._bucket), ("orig_hw", (2,)), ("crop", (4,))):
             found = getattr(rows, name).shape
             if found != (count, *shape):
                 raise ValueError(f"{name}: expected {(count, *shape)}, got {found} for unit {unit.id}")
+        for name in ("orig_hw", "crop"):
+            if getattr(rows, name).dtype.kind not in "iu":
+                raise ValueError(f"{name}: expected int32, got {getattr(rows, name).dtype}")
         others = {one.dtype for one in self._committed.values() if one.shard}
         others |= {one.dtype for one in self._current.buckets} if self._current else set()
         if others - {dtype}:
             raise ValueError(f"moments: expected {others.pop()} as in the rest of the dataset, got {dtype}")
         return dtype
 
-    def _write(
-        self, unit: Unit, items: list[PlannedItem], dtype: str, rows: Rows, finite: np.ndarray
-    ) -> ShardRecord:
+    def _write(self, unit: Unit, items: list[PlannedItem], dtype: str, rows: Rows, finite: np.ndarray) -> ShardRecord:
         moments = np.ascontiguousarray(rows.moments if finite.all() else rows.moments[finite])
         keys = [encode_key(item.key) for item in items]
         payload = moments.reshape(len(keys), -1).view(np.uint8)
@@ -358,10 +343,8 @@ class DatasetWriter:
 
 
 def _finite_rows(moments: np.ndarray, dtype: str) -> np.ndarray:
-    """bool [N]. An exponent of all ones is infinity or NaN; comparing bits is 3x as fast as isfinite on float16."""
-    mask, bits = {"F16": (0x7C00, np.uint16), "BF16": (0x7F80, np.uint16), "F32": (0x7F800000, np.uint32)}[
-        dtype
-    ]
+    """bool [N]: an exponent of all ones is infinity or NaN; 3x as fast as isfinite on float16."""
+    mask, bits = {"F16": (0x7C00, np.uint16), "BF16": (0x7F80, np.uint16), "F32": (0x7F800000, np.uint32)}[dtype]
     flat = np.ascontiguousarray(moments).reshape(len(moments), -1).view(bits)
     return np.array([not ((row & mask) == mask).any() for row in flat], bool)
 
@@ -374,20 +357,15 @@ def _check_ours(path: Path) -> None:
         raise ValueError(f"{path}: expected a folder for the dataset, got a file")
     names = sorted(entry.name for entry in path.iterdir())
     others = [name for name in names if name != ".lock" and not name.startswith(TEMPORARY)]
-    if others and PROVENANCE not in others:
-        raise ValueError(
-            f"{path}: expected an empty folder or a dataset, got {others[:5]}{' ...' if len(others) > 5 else ''}: "
-            "choose another folder"
-        )
+    if others and PROVENANCE not in others and ROOT not in others:
+        raise ValueError(f"{path}: expected an empty folder or a dataset, got {others[:5]}: choose another folder")
 
 
 def _check_provenance(path: Path, provenance: dict[str, Any]) -> None:
     """Write provenance.json where there is none; refuse where there is another."""
     if not (path / PROVENANCE).exists():
         if (path / ROOT).exists():
-            raise ValueError(
-                f"{path / PROVENANCE} is missing: restore it from a copy, or encode into a new folder"
-            )
+            raise ValueError(f"{path / PROVENANCE} is missing: restore it from a copy, or encode into a new folder")
         write_atomic(path / PROVENANCE, canonical_json(provenance) + b"\n")
         return
     ours = read_provenance(path)["hashed"]
@@ -408,6 +386,6 @@ def _check_shards(path: Path, current: Dataset | None) -> None:
         if size != record.bytes:
             came = "no such file" if size < 0 else f"{size} bytes"
             raise ValueError(
-                f"{path / record.path}: expected {record.bytes} bytes, got {came}: restore it from a copy, or encode "
-                "into a new folder"
+                f"{path / record.path}: expected {record.bytes} bytes, got {came}: restore it from a copy, or "
+                "encode into a new folder"
             )

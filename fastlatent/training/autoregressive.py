@@ -26,12 +26,19 @@ class NextTokenLoss(nn.Module):
     """
 
     def __init__(
-        self, model: Transformer, *, prediction_type: str, beta_schedule: str, batch_mul: int, class_dropout_prob: float
+        self,
+        model: Transformer,
+        *,
+        prediction_type: str,
+        beta_schedule: str,
+        batch_mul: int,
+        class_dropout_prob: float,
     ) -> None:
         super().__init__()
         self.model, self.prediction_type = model, prediction_type
         self.batch_mul, self.class_dropout_prob = batch_mul, class_dropout_prob
         schedule = None if prediction_type == "flow" else alphas_cumprod(beta_schedule)
+        self.schedule: Tensor | None
         self.register_buffer("schedule", schedule, persistent=False)
 
     def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -43,7 +50,7 @@ class NextTokenLoss(nn.Module):
         condition = self.model.condition(latents, labels).repeat_interleave(self.batch_mul, dim=0)
         clean = latents.repeat_interleave(self.batch_mul, dim=0)
         noise = torch.randn(clean.shape, **options)
-        if self.prediction_type == "flow":
+        if self.schedule is None:
             t = torch.rand(clean.shape[:2], **options)
             t_model = 1000 * t
         else:
@@ -66,7 +73,12 @@ class NextTokenObjective:
     """
 
     def __init__(
-        self, loader: LatentLoader, loss: NextTokenLoss, config: CheckpointConfig, seed: int, device: torch.device
+        self,
+        loader: LatentLoader,
+        loss: NextTokenLoss,
+        config: CheckpointConfig,
+        seed: int,
+        device: torch.device,
     ) -> None:
         self.loader, self.module, self.config, self.seed = loader, loss, config, seed
         mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)

@@ -30,9 +30,12 @@ FLUSH_STEPS = 20
 
 
 class Objective(Protocol):
-    """A model in training: `module(batch, generator)` gives the loss and what else is logged."""
+    """A model in training, and the batches that it learns from."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """`module(batch, generator)` → (loss, {name: scalar} to log)."""
+        ...
 
     def batch(self, step: int) -> Any:
         """The batch of a step: a function of (data, seed, step) alone."""
@@ -124,7 +127,7 @@ class Log:
     """run/log.jsonl: one line per step. Lines of steps after `begin` are of a run that was cut off, and go."""
 
     def __init__(self, path: Path, begin: int) -> None:
-        self.path, self.last_loss = path, None
+        self.path = path
         self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
         kept = [line for line in _lines(path) if line["step"] < begin]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -207,7 +210,9 @@ def _restore(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema
             _, index, slot = name.split(".")
             slots.setdefault(int(index), {})[slot] = tensor
         elif name not in targets or targets[name].shape != tensor.shape:
-            raise ValueError(f"{found[-1] / STATE}: {name} {list(tensor.shape)} does not fit this model; use another --out")
+            raise ValueError(
+                f"{found[-1] / STATE}: {name} {list(tensor.shape)} does not fit this model; use another --out"
+            )
         else:
             targets.pop(name).copy_(tensor)
     if targets:

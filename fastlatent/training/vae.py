@@ -18,8 +18,8 @@ PREVIEW_IMAGES = 8
 class ReconstructionLoss(nn.Module):
     """Encoder, posterior sample, decoder and loss in one forward.
 
-    Every term is a mean: squared and absolute error per pixel value, KL per latent value. A KL weight of 1e-6 here is
-    one of 1e-6·(C·h·w)/(channels·H·W) in LDM's units (summed KL beside a summed reconstruction), 2e-8 for 256² and f8d4.
+    Every term is a mean: squared and absolute error per pixel value, KL per latent value. LDM sums both instead: its
+    KL weight of 1e-6 is 1e-6·(C·h·w)/(channels·H·W) here, 2.1e-8 for 256² RGB and 4×32×32 latents.
     """
 
     def __init__(self, model: AutoencoderKL, *, mse_weight: float, l1_weight: float, kl_weight: float) -> None:

@@ -98,9 +98,7 @@ def test_dpmsolver_pp_is_diffusers(schedule, prediction_type, solver_type, order
             **BETAS[schedule],
         )
         scheduler.set_timesteps(steps)
-        table = dpmsolver_pp(
-            alphas_cumprod(schedule), steps, prediction_type, order=order, solver_type=solver_type
-        )
+        table = dpmsolver_pp(alphas_cumprod(schedule), steps, prediction_type, order=order, solver_type=solver_type)
         assert table.timesteps.tolist() == scheduler.timesteps.tolist()
         assert not table.needs_noise
         assert_same(our_states(table), diffusers_states(scheduler, module, steps, monkeypatch))

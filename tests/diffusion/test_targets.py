@@ -10,9 +10,7 @@ SCHEDULE = alphas_cumprod("cosine")
 
 def draw(*shape, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=dtype), torch.randn(
-        shape, generator=generator, dtype=dtype
-    )
+    return torch.randn(shape, generator=generator, dtype=dtype), torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def times(*shape, prediction_type="epsilon", seed=0):

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from fastlatent.media import sheets
 from fastlatent.media.sheets import save_loss_curve, save_png, save_sheet
@@ -77,7 +77,9 @@ def test_scale_makes_small_images_visible(tmp_path, height, width, scale):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sheet_labels(tmp_path, channels):
+@pytest.mark.parametrize("font", [ImageFont.load_default, ImageFont.load_default_imagefont])
+def test_sheet_labels(tmp_path, monkeypatch, channels, font):
+    monkeypatch.setattr(ImageFont, "load_default", font)  # the second is what Pillow has without FreeType
     images = np.zeros((3, 64, 64, channels), dtype=np.uint8)
     labels = ["7", "", "wörd 图\udcff\n" * 50]  # not ASCII, no text at all, a line break, far too long
     save_sheet(tmp_path / "s.png", images, columns=3, labels=labels)

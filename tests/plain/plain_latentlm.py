@@ -3,6 +3,7 @@
 `state` is a dict of published keys; `sizes` a dict with the entries of config.json.
 """
 
+import itertools
 import math
 
 import torch
@@ -56,7 +57,9 @@ def attention(state, prefix, sizes, x):
 
 def conditions(state, sizes, latents, labels):
     """Conditions [B, n + 1, hidden] of a sequence whose first n latents [B, n, C] are known."""
-    h = torch.cat([state["y_embedder.embedding_table.weight"][labels][:, None], embed(state, "x_embedder.", latents)], 1)
+    h = torch.cat(
+        [state["y_embedder.embedding_table.weight"][labels][:, None], embed(state, "x_embedder.", latents)], 1
+    )
     for i in range(sizes["depth"]):
         h = h + attention(state, f"blocks.{i}.attn.", sizes, rms(h))
         h = h + swiglu(state, f"blocks.{i}.mlp.", rms(h))
@@ -112,7 +115,7 @@ def dpmsolver_2m(predict, x, steps, prediction_type):
 
 def euler_flow(predict, x, steps):
     times = [1 - k / steps for k in range(steps + 1)]
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in itertools.pairwise(times):
         x = x + (t_next - t) * predict(x, 1000 * t)
     return x
 

@@ -36,7 +36,9 @@ def noise():
 
 def engine(model, prediction_type="v_prediction", steps=6, cfg_scale=2.5, solver=None, **options):
     solver = solver or ("euler" if prediction_type == "flow" else "dpmsolver++")
-    return NextTokenSampler(model, build_table(solver, steps, prediction_type, "cosine"), cfg_scale=cfg_scale, **options)
+    return NextTokenSampler(
+        model, build_table(solver, steps, prediction_type, "cosine"), cfg_scale=cfg_scale, **options
+    )
 
 
 def error(got, want):
@@ -62,7 +64,9 @@ def test_backbone_equals_plain(model, noise, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_head_equals_plain(model, noise, device):
     condition = torch.randn(3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    want = torch.stack([plain_latentlm.head(model.state_dict(), vars(CONFIG), noise[:, 0], t, condition) for t in (0, 500, 999)])
+    want = torch.stack(
+        [plain_latentlm.head(model.state_dict(), vars(CONFIG), noise[:, 0], t, condition) for t in (0, 500, 999)]
+    )
     t = torch.tensor([0.0, 500.0, 999.0], dtype=torch.float64)[:, None].expand(3, 3).to(device)
     model = model.to(device)
     got = model.denoise(noise[:, 0].to(device).expand(3, 3, 3), t, condition.to(device).expand(3, 3, 64)).cpu()
@@ -75,7 +79,13 @@ def test_head_equals_plain(model, noise, device):
 @pytest.mark.parametrize("steps", [1, 2, 6])  # 1: first and last at once; 2: no second-order step; 6: some
 def test_whole_grid_equals_plain(model, noise, prediction_type, steps, device):
     want = plain_latentlm.sample(
-        model.state_dict(), vars(CONFIG), LABELS, noise, prediction_type=prediction_type, steps=steps, cfg_scale=2.5
+        model.state_dict(),
+        vars(CONFIG),
+        LABELS,
+        noise,
+        prediction_type=prediction_type,
+        steps=steps,
+        cfg_scale=2.5,
     )
     got = engine(model.to(device), prediction_type, steps).sample(LABELS, noise).cpu()
     model.to("cpu")
@@ -84,7 +94,13 @@ def test_whole_grid_equals_plain(model, noise, prediction_type, steps, device):
 
 def test_guidance_of_one_is_the_conditional_model(model, noise):
     want = plain_latentlm.sample(
-        model.state_dict(), vars(CONFIG), LABELS, noise, prediction_type="v_prediction", steps=3, cfg_scale=1.0
+        model.state_dict(),
+        vars(CONFIG),
+        LABELS,
+        noise,
+        prediction_type="v_prediction",
+        steps=3,
+        cfg_scale=1.0,
     )
     sampler = engine(model, steps=3, cfg_scale=1.0)
     assert sampler.ways == 1
@@ -114,7 +130,13 @@ def test_lower_precision_is_no_worse_than_plain_torch(model, noise, dtype):
     ours = copy.deepcopy(model).to(dtype)
     got = engine(ours).sample(LABELS, noise)
     plain = plain_latentlm.sample(
-        ours.state_dict(), vars(CONFIG), LABELS, noise.to(dtype), prediction_type="v_prediction", steps=6, cfg_scale=2.5
+        ours.state_dict(),
+        vars(CONFIG),
+        LABELS,
+        noise.to(dtype),
+        prediction_type="v_prediction",
+        steps=6,
+        cfg_scale=2.5,
     )
     assert got.dtype == torch.float32
     assert error(got.double(), want) <= 1.5 * error(plain.double(), want)

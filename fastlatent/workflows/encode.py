@@ -1,0 +1,283 @@
+"""images → latent dataset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from PIL import __version__ as pillow_version
+
+from fastlatent import __version__
+from fastlatent.config import EncodeConfig
+from fastlatent.encoders.autoencoder_kl import load_autoencoder
+from fastlatent.encoders.protocol import Autoencoder
+from fastlatent.media.images import (
+    DECODE_RULE,
+    TRANSFORM_RULE,
+    ImageError,
+    center_crop,
+    read_image,
+    to_model_range,
+)
+from fastlatent.pipeline.interrupt import StopRequest
+from fastlatent.pipeline.progress import Progress
+from fastlatent.sources.image_folder import Item, scan_image_folder
+from fastlatent.store.reader import PROVENANCE, Dataset, read_provenance
+from fastlatent.store.records import PlannedItem, Quarantined, Unit
+from fastlatent.store.writer import DatasetWriter, Entry, Rows
+from fastlatent.workflows.runtime import DTYPES, available_cores, keep_config, set_up
+
+READERS = 4
+MAX_UNIT_BYTES = 256 * 2**20  # a unit's rows are assembled in memory
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What an encode run left: rows and shards of the dataset, rows encoded now, and what was left out."""
+
+    path: Path
+    rows: int
+    encoded: int
+    shards: int
+    bytes: int
+    quarantined: dict[str, str]
+    unreadable: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """One decoded file, or why it is left out."""
+
+    item: PlannedItem
+    pixels: np.ndarray | None
+    orig_hw: tuple[int, int] = (0, 0)
+    crop: np.ndarray | None = None
+    error: ImageError | None = None
+
+
+def encode(config: EncodeConfig) -> EncodeReport:
+    """Encode a folder of images; see EncodeConfig.
+
+    Raises:
+        ValueError: the source, the autoencoder or the dataset folder cannot be used as asked.
+    """
+    folder = scan_image_folder(config.source)
+    out = Path(config.out)
+    threads = config.threads or _recorded_threads(out) or available_cores()
+    device = set_up(config.device, threads)
+    vae = load_autoencoder(config.vae, device, DTYPES[config.compute_dtype])
+    if config.size % vae.downsample:
+        raise ValueError(f"--size {config.size}: this autoencoder needs a multiple of {vae.downsample}")
+    # The promise of identical bytes holds for fixed kernels only.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    side = config.size // vae.downsample
+    bucket = (2 if config.mirror else 1, 2 * vae.latent_channels, side, side)
+    row_bytes = int(np.prod(bucket)) * (4 if config.dtype == "float32" else 2)
+    entries, unreadable = _entries(folder.items)
+    with DatasetWriter.open(
+        out,
+        provenance(config, vae, device, threads),
+        folder.classes,
+        unit_rows=max(1, min(config.unit_rows, MAX_UNIT_BYTES // row_bytes)),
+        bucket=bucket,
+    ) as writer:
+        keep_config(out / "encode.yaml", config)
+        with Progress("scan", 0, "files") as scanned:
+
+            def on_scan(done: int, total: int) -> None:
+                scanned.total = total
+                scanned.advance(done - scanned.done)
+
+            units = writer.plan(entries, on_scan)
+        todo = sum(len(unit.items) for unit in units)
+        with (
+            StopRequest() as stop,
+            Progress("encode", todo, "images") as progress,
+            ThreadPoolExecutor(READERS, thread_name_prefix="decode") as pool,
+        ):
+            pictures = _decoded(pool, units, vae.pixel_channels, config.size)
+            for unit in units:
+                rows, bad = _encode_unit(unit, pictures, vae, config, bucket, progress, stop)
+                writer.commit(unit, rows, bad)
+        info = writer.finish()
+    quarantined = {one.key: one.reason for one in Dataset.open(out).quarantined}
+    report = EncodeReport(out, info.rows, todo, info.shards, info.bytes, quarantined, unreadable)
+    _print(report)
+    return report
+
+
+def provenance(config: EncodeConfig, vae: Autoencoder, device: torch.device, threads: int) -> dict[str, Any]:
+    """What changes the bytes of a dataset (hashed), and what helps to understand it (informational)."""
+    engine = {
+        "name": "eager",
+        "device": device.type,
+        "dtype": config.compute_dtype,
+        "batch_size": config.batch_size,
+    }
+    return {
+        "hashed": {
+            "vae": vae.identity(),
+            "decode": DECODE_RULE,
+            "transform": {"rule": TRANSFORM_RULE, "size": config.size},
+            "pixel_range": [-1, 1],
+            "mirror": config.mirror,
+            "storage_dtype": config.dtype,
+            # A convolution's last bits depend on batch size, threads and device.
+            "engine": engine if device.type == "cuda" else {**engine, "threads": threads},
+        },
+        "informational": {
+            "vae_path": str(Path(config.vae).resolve()),
+            "source": str(Path(config.source).resolve()),
+            "fastlatent": __version__,
+            "torch": torch.__version__,
+            "pillow": pillow_version,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        },
+    }
+
+
+def _entries(items: list[Item]) -> tuple[list[Entry], dict[str, str]]:
+    """Files with size and time; those that cannot be read are left out and listed, not fatal."""
+    entries, unreadable = [], {}
+    for item in items:
+        try:
+            stat = os.stat(item.path)
+            if not os.access(item.path, os.R_OK):
+                raise PermissionError(0, "no permission to read it")
+        except OSError as error:
+            unreadable[item.key] = error.strerror or type(error).__name__
+        else:
+            entries.append(Entry(item.key, item.path, item.label, stat.st_size, stat.st_mtime_ns))
+    return entries, unreadable
+
+
+def _decoded(pool: ThreadPoolExecutor, units: list[Unit], channels: int, size: int) -> Iterator[_Picture]:
+    """Every file of every unit in order, decoded a few batches ahead by the pool."""
+    items = (item for unit in units for item in unit.items)
+    ahead: list[Future[_Picture]] = []
+    for item in items:
+        ahead.append(pool.submit(_decode, item, channels, size))
+        if len(ahead) > 16 * READERS:
+            yield ahead.pop(0).result()
+    for future in ahead:
+        yield future.result()
+
+
+def _decode(item: PlannedItem, channels: int, size: int) -> _Picture:
+    try:
+        data = Path(item.path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{item.path} could not be read: {error.strerror}; rerun the same command") from None
+    if xxhash.xxh3_128_hexdigest(data) != item.digest:
+        raise ValueError(f"{item.path} changed while the dataset was being encoded; rerun the same command")
+    try:
+        image = read_image(data, channels=channels)
+        pixels, crop = center_crop(image, size)
+    except ImageError as error:
+        return _Picture(item, None, error=error)
+    return _Picture(item, to_model_range(pixels), image.shape[:2], crop)
+
+
+def _encode_unit(
+    unit: Unit,
+    pictures: Iterator[_Picture],
+    vae: Autoencoder,
+    config: EncodeConfig,
+    bucket: tuple[int, ...],
+    progress: Progress,
+    stop: StopRequest,
+) -> tuple[Rows, list[Quarantined]]:
+    """The rows of one unit, in batches of one size: a batch's size changes its last bits, so the tail is padded."""
+    good: list[_Picture] = []
+    bad: list[Quarantined] = []
+    moments = np.empty(
+        (len(unit.items), *bucket),
+        dtype={"float16": np.float16, "float32": np.float32}.get(config.dtype, np.uint16),
+    )
+    batch = np.zeros((config.batch_size, vae.pixel_channels, config.size, config.size), dtype=np.float32)
+    filled = 0
+
+    def run() -> None:
+        nonlocal filled
+        stop.check()
+        batch[filled:] = 0
+        begin = len(good) - filled
+        moments[begin : len(good)] = _stored(_moments(vae, batch, bucket[0]), config.dtype)[:filled]
+        progress.advance(filled, f"{len(bad)} bad in this shard" if bad else "")
+        filled = 0
+
+    for _ in unit.items:
+        picture = next(pictures)
+        if picture.pixels is None:
+            bad.append(
+                Quarantined(picture.item.key, picture.item.digest, str(picture.error), type(picture.error).__name__)
+            )
+            progress.advance(1)
+            continue
+        batch[filled] = picture.pixels
+        good.append(picture)
+        filled += 1
+        if filled == config.batch_size:
+            run()
+    if filled:
+        run()
+    rows = Rows(
+        [picture.item.key for picture in good],
+        moments[: len(good)],
+        np.array([picture.orig_hw for picture in good], dtype=np.int32).reshape(-1, 2),
+        np.array([picture.crop for picture in good], dtype=np.int32).reshape(-1, 4),
+    )
+    return rows, bad
+
+
+def _moments(vae: Autoencoder, batch: np.ndarray, flips: int) -> torch.Tensor:
+    """float32 [B, F, 2C, h, w] on the CPU."""
+    pixels = torch.from_numpy(batch)
+    views = [pixels, pixels.flip(-1)][:flips]
+    return torch.stack([vae.encode(view).cpu() for view in views], dim=1)
+
+
+def _stored(moments: torch.Tensor, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return moments.to(torch.bfloat16).view(torch.uint16).numpy()
+    return moments.to(DTYPES[dtype]).numpy()
+
+
+def _recorded_threads(out: Path) -> int:
+    """The thread count that an unfinished or finished dataset was begun with, 0 if there is none."""
+    if not (out / PROVENANCE).exists():
+        return 0
+    return read_provenance(out)["hashed"].get("engine", {}).get("threads", 0)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def _print(report: EncodeReport) -> None:
+    print(
+        f"{report.path}: {report.rows:,} rows in {report.shards} shards, {report.bytes / 2**20:,.1f} MiB; "
+        f"{report.encoded:,} files encoded now"
+    )
+    for what, listed in (
+        ("could not be decoded", report.quarantined),
+        ("could not be read", report.unreadable),
+    ):
+        if listed:
+            print(f"{len(listed)} files {what} and are not in the dataset:")
+            for key, reason in list(listed.items())[:20]:
+                print(f"  {key!a}: {reason}")
+            if len(listed) > 20:
+                print(f"  … and {len(listed) - 20} more" + (" (quarantine list: see `fastlatent inspect`)"))

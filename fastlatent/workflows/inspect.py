@@ -1,0 +1,150 @@
+"""Describe what a path holds: dataset (also an unfinished one), shard, checkpoint, run or latent file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastlatent.config import InspectConfig
+from fastlatent.pipeline.checkpoints import checkpoints
+from fastlatent.store.reader import Dataset, build_state
+from fastlatent.store.shard import Shard
+
+
+def inspect(config: InspectConfig) -> None:
+    """Print YAML about config.path; see InspectConfig."""
+    path = Path(config.path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if path.is_file():
+        described = _file(path)
+    elif (state := build_state(path)) is not None or (path / "dataset.json").exists():
+        described = _dataset(path, state)
+    else:
+        described = _run_or_checkpoint(path)
+    print(yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=120), end="")
+    if config.vae is not None:
+        _sheet(config, path)
+
+
+def _dataset(path: Path, state: Any) -> dict[str, Any]:
+    described: dict[str, Any] = {"kind": "latent dataset", "path": str(path)}
+    if state is not None:
+        described["encoding now" if state.writer else "unfinished encode"] = {
+            "writer": state.writer or "none; rerun the same encode command to go on",
+            "units": f"{state.done_units} of {state.planned_units} done",
+            "rows": f"{state.done_rows} of {state.planned_rows} done, {state.planned_rows - state.done_rows} missing",
+            "quarantined": state.quarantined,
+            "bytes": state.bytes,
+        }
+    if not (path / "dataset.json").exists():
+        return described
+    dataset = Dataset.open(path)
+    statistics = dataset.statistics
+    described |= {
+        "generation": dataset.generation,
+        "fingerprint": dataset.fingerprint,
+        "rows": len(dataset),
+        "shards": len(dataset.shards),
+        "bytes": sum(shard.bytes for shard in dataset.shards),
+        "latents": [
+            {"shape [F, 2C, H, W]": list(bucket.shape), "dtype": bucket.dtype, "rows": bucket.rows}
+            for bucket in dataset.buckets
+        ],
+        "classes": len(dataset.classes),
+        "rows per class": _per_class(dataset),
+        "quarantined": {one.key: one.reason for one in dataset.quarantined},
+        "statistics": {
+            "latent mean": statistics.latent_mean.tolist(),
+            "latent std": statistics.latent_std.tolist(),
+            "min": statistics.min.tolist(),
+            "max": statistics.max.tolist(),
+        },
+        "provenance": dataset.provenance,
+    }
+    return described
+
+
+def _per_class(dataset: Dataset) -> dict[str, int]:
+    names = dataset.classes[:20]
+    counts = {name: int((dataset.label == label).sum()) for label, name in enumerate(names)}
+    return counts | ({"…": int((dataset.label >= len(names)).sum())} if len(dataset.classes) > len(names) else {})
+
+
+def _file(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        shard = Shard.open(path)
+        metadata = {name: _parsed(text) for name, text in shard.metadata.items()}
+        kind = "latent shard" if "fls.format" in metadata else "safetensors file"
+        if str(metadata.get("format", "")).startswith("fastlatent-latents/"):
+            kind = "sampled latents"
+        tensors = {
+            name: f"{shard.dtypes[name]} {list(values.shape)}{_range(values, shard.dtypes[name])}"
+            for name, values in shard.columns.items()
+            if not name.startswith("_pad.")
+        }
+        return {
+            "kind": kind,
+            "path": str(path),
+            "bytes": path.stat().st_size,
+            "tensors": tensors,
+            "metadata": metadata,
+        }
+    raise ValueError(f"{path}: expected a dataset, run or checkpoint folder, or a .safetensors file")
+
+
+def _range(values: Any, dtype: str) -> str:
+    if dtype not in ("F16", "F32", "F64") or values.size == 0:
+        return ""
+    wide = values.astype("float64")
+    return f", {wide.min():.4g} to {wide.max():.4g}, mean {wide.mean():.4g}, std {wide.std():.4g}"
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _run_or_checkpoint(path: Path) -> dict[str, Any]:
+    runs = checkpoints(path)
+    folder = runs[-1] if runs else path
+    described: dict[str, Any] = {"kind": "run" if runs else "checkpoint", "path": str(path)}
+    if runs:
+        described["checkpoints"] = [one.name for one in runs]
+        log = (path / "log.jsonl").read_text(encoding="utf-8").splitlines() if (path / "log.jsonl").exists() else []
+        described["last step logged"] = _parsed(log[-1]) if log else None
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise ValueError(
+            f"{path}: expected a dataset (dataset.json), a run (checkpoint-*) or a checkpoint (config.json and "
+            f".safetensors), found {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'an empty folder'}"
+        )
+    described["config"] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for file in weights:
+        shard = Shard.open(file)
+        count = sum(values.size for values in shard.columns.values())
+        described[file.name] = {"bytes": file.stat().st_size, "tensors": len(shard.columns), "numbers": count}
+    return described
+
+
+def _sheet(config: InspectConfig, path: Path) -> None:
+    # Only here is torch needed.
+    import torch
+
+    from fastlatent.media.images import to_uint8
+    from fastlatent.media.sheets import save_sheet
+    from fastlatent.workflows.decode import dataset_means, load_matching_autoencoder
+    from fastlatent.workflows.latent_files import read_latent_file
+
+    latents = dataset_means(path, config.rows)[0] if path.is_dir() else read_latent_file(path).raw()[: config.rows]
+    vae = load_matching_autoencoder(
+        config.vae, None, latents.shape[1], torch.device("cpu"), torch.float32, allow_other=True
+    )
+    Path(config.sheet).parent.mkdir(parents=True, exist_ok=True)
+    save_sheet(config.sheet, to_uint8(vae.decode(latents).numpy()), columns=8)
+    print(f"contact sheet: {config.sheet}")

@@ -1,0 +1,71 @@
+"""The files that `sample` writes and `decode` and `inspect` read: model latents and what is needed to undo them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastlatent.store.files import write_atomic
+
+FORMAT = "fastlatent-latents/1"
+
+
+@dataclass(frozen=True)
+class LatentFile:
+    """Sampled latents.
+
+    Attributes:
+        latents: [B, N, C] before de-normalisation, N tokens in raster order of a square grid.
+        labels: int64 [B].
+        latents_mean, latents_std: raw = latents·std + mean, per channel or for all.
+        vae: identity and path of the autoencoder that made the training latents, if known.
+        classes: names of the labels, if known.
+    """
+
+    latents: Tensor
+    labels: Tensor
+    latents_mean: float | list[float]
+    latents_std: float | list[float]
+    vae: dict[str, Any] | None
+    classes: list[str]
+
+    def raw(self) -> Tensor:
+        """float32 [B, C, side, side], what the autoencoder decodes."""
+        side = round(self.latents.shape[1] ** 0.5)
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.latents_mean, self.latents_std))
+        return (self.latents.double() * std + mean).float().transpose(1, 2).unflatten(-1, (side, side))
+
+    def write(self, path: Path) -> None:
+        """Write as safetensors, in one go."""
+        values = dataclasses.asdict(self)
+        tensors = {name: values.pop(name).contiguous() for name in ("latents", "labels")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save(tensors, metadata={"format": FORMAT, "provenance": json.dumps(values)}))
+
+
+def read_latent_file(path: Path) -> LatentFile:
+    """Read what LatentFile.write wrote.
+
+    Raises:
+        ValueError: the file is damaged or something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path}: expected latents written by `fastlatent sample` ({FORMAT}), got format "
+                    f"{metadata.get('format')!r}"
+                )
+            tensors = {name: file.get_tensor(name) for name in ("latents", "labels")}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
+    return LatentFile(**tensors, **json.loads(metadata["provenance"]))

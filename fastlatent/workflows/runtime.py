@@ -1,0 +1,51 @@
+"""What every command sets up: the device, the threads, the dtype, and where its resolved config is kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlatent.config import to_yaml
+from fastlatent.store.files import write_atomic
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def set_up(device: str, threads: int) -> torch.device:
+    """The device, with CPU threads set (0: all cores).
+
+    Raises:
+        ValueError: the device is not there or not a device.
+    """
+    torch.set_num_threads(threads or available_cores())
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu, "
+            "or see `fastlatent doctor`"
+        )
+    return chosen
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_config(path: Path, config: Any) -> None:
+    """Write the resolved config as YAML, readable by --config."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, to_yaml(config).encode())
