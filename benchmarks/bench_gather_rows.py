@@ -108,9 +108,7 @@ def prepare(case: harness.Case) -> Iterator[harness.Prepared]:
     def copy() -> Callable[[], object]:
         # Blocks of ROWS rows that lie side by side in a file; 64 shards of 64 KiB rows hold 128 rows each.
         step = min(ROWS, per_shard)
-        blocks = itertools.cycle(
-            [t[i : i + step] for t in tensors for i in range(0, per_shard - step + 1, step)]
-        )
+        blocks = itertools.cycle([t[i : i + step] for t in tensors for i in range(0, per_shard - step + 1, step)])
 
         def run() -> None:
             for begin in range(0, ROWS, step):

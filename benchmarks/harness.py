@@ -136,9 +136,7 @@ def measure(
     calls = 1 if setup is not None else _calls_per_sample(function, device)
     samples: list[float] = []
     begin = time.perf_counter()
-    while len(samples) < max_samples and (
-        len(samples) < MIN_SAMPLES or time.perf_counter() - begin < min_seconds
-    ):
+    while len(samples) < max_samples and (len(samples) < MIN_SAMPLES or time.perf_counter() - begin < min_seconds):
         if setup is not None:
             setup()
         samples.append(_sample(function, device, calls))

@@ -1,4 +1,4 @@
-"""Which samples a step sees: a pure function of (seed, step), whatever was interrupted and however many ranks there are."""
+"""Which samples a step sees: a pure function of (seed, step), whatever was interrupted, on any number of ranks."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastlatent.pipeline.checkpoints import resolve
@@ -26,32 +27,35 @@ _NOT_IDENTITY = {
 
 
 class KLAutoencoder:
-    """An AutoencoderKL for encoding and decoding; evaluation mode, no gradients."""
+    """An AutoencoderKL for encoding and decoding; evaluation mode, no gradients.
 
-    def __init__(
-        self, model: AutoencoderKL, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.model = model.to(device, dtype).eval().requires_grad_(False)
-        self.device, self.dtype = torch.device(device), dtype
+    Args:
+        model: in the dtype and on the device that it runs in.
+        weights_digest: SHA-256 of the tensors as they are stored, whatever dtype the model runs in.
+    """
+
+    def __init__(self, model: AutoencoderKL, weights_digest: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.weights_digest = weights_digest
         self.pixel_channels: int = model.config.in_channels
         self.latent_channels: int = model.config.latent_channels
         self.downsample: int = 2 ** (len(model.config.block_out_channels) - 1)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        posterior = self.model.encode(pixels.to(self.device, self.dtype)).latent_dist
+        posterior = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        return self.model.decode(latents.to(self.device, self.dtype)).sample.float()
+        return self.model.decode(latents.to(self.model.device, self.model.dtype)).sample.float()
 
     def identity(self) -> dict[str, Any]:
         config = {k: v for k, v in self.model.config.items() if k not in _NOT_IDENTITY}
         return {
             "class": "AutoencoderKL",
             "config": json.loads(json.dumps(config, sort_keys=True)),
-            "weights": tensors_digest(self.model.state_dict()),
+            "weights": self.weights_digest,
         }
 
 
@@ -72,20 +76,25 @@ def load_autoencoder(
     if name != "AutoencoderKL":
         raise ValueError(f"autoencoder: expected {folder}/config.json of an AutoencoderKL, got _class_name {name!r}")
     try:
-        model = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+        model, info = AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
+        )
+        digest = tensors_digest(load_file(folder / WEIGHTS))
     except Exception as error:  # diffusers and safetensors raise many kinds; every one means this folder is unusable
         raise ValueError(f"autoencoder: {folder} does not load: {' '.join(str(error).split())[:300]}") from error
-    return KLAutoencoder(model, device, dtype)
+    # diffusers fills what is missing with random numbers and only warns.
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise ValueError(
+                f"autoencoder: {folder / WEIGHTS} does not fit its config.json: {what} {sorted(map(str, info[what]))[:3]}"
+            )
+    return KLAutoencoder(model.to(device), digest)
 
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and contents, in the order of the names."""
+    """SHA-256 of CPU tensors, over names, dtypes, shapes and contents, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            if tensor.numel()
-            else b""
-        )
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

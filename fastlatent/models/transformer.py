@@ -224,7 +224,7 @@ class Transformer(nn.Module):
         return [(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.blocks]
 
     def step(self, h: Tensor, position: int, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Condition of token `position`. h [rows, hidden]: the embedded class (0) or previous token → [rows, hidden]."""
+        """Condition [rows, hidden] of token `position`, from h [rows, hidden]: the embedded class or previous token."""
         h = h[:, None]
         cos, sin = (table[position : position + 1] for table in self._rope_for(h))
         for block, (keys, values) in zip(self.blocks, cache, strict=True):

@@ -72,7 +72,7 @@ class NextTokenSampler:
             raise ValueError(
                 f"noise: expected {list(expected)} [labels, input_size², in_channels], got {list(noise.shape)}"
             )
-        if batch and not (0 <= int(labels.min()) and int(labels.max()) < config.num_classes):
+        if batch and (labels.min() < 0 or labels.max() >= config.num_classes):
             raise ValueError(
                 f"labels: expected 0 to {config.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 from fastlatent.store.files import canonical_json
 
@@ -29,21 +30,22 @@ def differences(ours: Mapping, theirs: Mapping) -> list[str]:
     before, now = _flatten(ours), _flatten(theirs)
     lines = []
     for name in sorted(before.keys() | now.keys()):
-        left, right = before.get(name, "(absent)"), now.get(name, "(absent)")
-        if left != right:
-            short = left[:SHOWN] != right[:SHOWN]
-            lines.append(f"{name}: {_show(left, short)} (dataset) != {_show(right, short)} (now)")
+        pair = [canonical_json(side[name]).decode() if name in side else "(absent)" for side in (before, now)]
+        if pair[0] == pair[1]:
+            continue
+        if isinstance(before.get(name), str) and isinstance(now.get(name), str):
+            pair = [before[name], now[name]]
+        if pair[0][:SHOWN] != pair[1][:SHOWN]:
+            pair = [f"{text[:SHOWN]}…" if len(text) > 2 * SHOWN else text for text in pair]
+        lines.append(f"{name}: {pair[0]} (dataset) != {pair[1]} (now)")
     return lines
 
 
-def _flatten(value: object, name: str = "") -> dict[str, str]:
+def _flatten(value: object, name: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; an empty object is a value."""
     if isinstance(value, Mapping) and (value or not name):
-        flat: dict[str, str] = {}
+        flat: dict[str, Any] = {}
         for key in value:
             flat.update(_flatten(value[key], f"{name}.{key}" if name else str(key)))
         return flat
-    return {name: value if isinstance(value, str) and value != "(absent)" else canonical_json(value).decode()}
-
-
-def _show(text: str, short: bool) -> str:
-    return f"{text[:SHOWN]}…" if short and len(text) > 2 * SHOWN else text
+    return {name: value}

@@ -156,21 +156,18 @@ class Shard:
         """
         path = Path(path)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if expected_bytes is not None and size != expected_bytes:
+                    raise ValueError(
+                        f"{path}: expected {expected_bytes} bytes, got {size}: the file was "
+                        f"{'truncated' if size < expected_bytes else 'extended'}; restore it from a copy"
+                    )
+                header = _read_header(file.fileno(), size, path)
+                mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         except OSError as error:
             hint = "; raise the limit with `ulimit -n 65536`" if error.errno == errno.EMFILE else ""
             raise ValueError(f"{path}: expected a readable shard, got: {error.strerror}{hint}") from None
-        try:
-            size = os.fstat(fd).st_size
-            if expected_bytes is not None and size != expected_bytes:
-                raise ValueError(
-                    f"{path}: expected {expected_bytes} bytes, got {size}: the file was "
-                    f"{'truncated' if size < expected_bytes else 'extended'}; restore it from a copy"
-                )
-            header = _read_header(fd, size, path)
-            mapping = mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
-        finally:
-            os.close(fd)
         return cls(path, mapping, header)
 
     def close(self) -> None:

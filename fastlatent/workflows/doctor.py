@@ -120,7 +120,9 @@ def _libstdcxx() -> Finding:
     path = ctypes.util.find_library("stdc++")
     if path is None:
         return Finding("libstdc++", "not found (fastlatent holds its own; other packages may need it)")
-    code = "import ctypes; print(hasattr(ctypes.CDLL('libstdc++.so.6'), '_ZSt28__throw_bad_array_new_lengthv'))"  # this symbol came with GLIBCXX_3.4.29
+    # This symbol came with GLIBCXX_3.4.29.
+    symbol = "_ZSt28__throw_bad_array_new_lengthv"
+    code = f"import ctypes; print(hasattr(ctypes.CDLL('libstdc++.so.6'), '{symbol}'))"
     new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "True"
     if new:
         return Finding("libstdc++", f"{path}, GLIBCXX_3.4.29 or newer")

@@ -113,9 +113,7 @@ def test_interleave_one_failure_does_not_cost_the_others(harness):
         raise harness.Unavailable("needs 9.0")
 
     good = {"good": lambda: lambda: None}
-    outcomes = harness.interleave(
-        {"broken": broken, "unavailable": unavailable} | good, device="cpu", min_seconds=0
-    )
+    outcomes = harness.interleave({"broken": broken, "unavailable": unavailable} | good, device="cpu", min_seconds=0)
     assert outcomes["broken"] == harness.Outcome("error", "RuntimeError: no kernel")
     assert outcomes["unavailable"] == harness.Outcome("unavailable", "needs 9.0")
     assert outcomes["good"].status == "ok"
