@@ -1,3 +1,42 @@
 """The fast path for latent generative models: encode, train, sample, decode, and the ops behind them."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlatent import ops
+    from fastlatent.data.latents import LatentDataset, LatentLoader
+    from fastlatent.diffusion.solvers import SolverTable
+    from fastlatent.workflows.encode import EncodeReport
+
 __version__ = "0.1.0"
+__all__ = ["LatentDataset", "LatentLoader", "SolverTable", "encode", "ops"]
+
+# Resolved on first use: importing fastlatent imports no torch.
+_HOME = {
+    "LatentDataset": "fastlatent.data.latents",
+    "LatentLoader": "fastlatent.data.latents",
+    "SolverTable": "fastlatent.diffusion.solvers",
+}
+
+
+def encode(source: str, vae: str, out: str, **settings: Any) -> EncodeReport:
+    """Encode a folder of images into a latent dataset; `settings` are the other fields of config.EncodeConfig.
+
+    Raises:
+        ValueError: a setting is unknown or wrong, or the source, autoencoder or dataset folder cannot be used so.
+    """
+    from fastlatent.config import EncodeConfig, build
+    from fastlatent.workflows.encode import encode as run
+
+    return run(build(EncodeConfig, {}, {"source": source, "vae": vae, "out": out, **settings}))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("fastlatent.ops")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'fastlatent' has no attribute {name!r}")

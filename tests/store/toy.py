@@ -62,10 +62,13 @@ def encode(unit) -> tuple[Rows, list[Quarantined]]:
     return Rows(keys, stacked, hw, np.tile(np.array([22, 72, 256, 256], np.int32), (count, 1))), bad
 
 
-def build(dataset: Path, source: Path, *, unit_rows=2, provenance=PROVENANCE, pause=0.0):
-    """Bring `dataset` up to date with `source`; returns what finish returned and the keys that were encoded."""
+def build(dataset: Path, source: Path, *, unit_rows=2, provenance=PROVENANCE, pause=0.0, encoded=None):
+    """Bring `dataset` up to date with `source`; returns what finish returned and the keys that were encoded.
+
+    A list given as `encoded` holds them, unit by unit once committed, even where the build is killed.
+    """
     entries, classes = scan(source)
-    encoded = []
+    encoded = [] if encoded is None else encoded
     with DatasetWriter.open(dataset, provenance, classes, unit_rows=unit_rows, bucket=BUCKET) as writer:
         for unit in writer.plan(entries):
             time.sleep(pause)

@@ -1,0 +1,193 @@
+"""Settings: where a value comes from, what is refused, and that what is printed reads back."""
+
+import dataclasses
+import math
+import typing
+
+import pytest
+
+from fastlatent import config
+from fastlatent.cli import COMMANDS
+
+ENCODE = {"source": "images", "vae": "vae", "out": "latents"}
+TRAIN_VAE = {"source": "images", "out": "run"}
+CONFIGS = [cls for cls, _, _ in COMMANDS.values()]
+
+
+def required_values(cls):
+    """Text for every required setting; names that YAML would read as something else."""
+    oddities = iter(("no", "1e-4", "007", "~"))
+    return {f.name: next(oddities) for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+
+
+def other_value(field, hint):
+    """A valid value that is not the default."""
+    kind, _ = config.value_type(hint)
+    choices = field.metadata["choices"]
+    if choices:
+        return next(choice for choice in choices if choice != field.default)
+    if kind is bool:
+        return not field.default
+    if kind is tuple:
+        return (8, 16)
+    if kind is int:
+        return (field.default or 2) + 1
+    if kind is float:
+        return 0.1 + 1e-17 + (field.default or 0.0) / 3  # digits that a short spelling would lose
+    return "träge: [#é] 'x' \udcff"  # bytes that are no UTF-8 come as surrogates
+
+
+def test_flag_beats_file_beats_default():
+    from_file = config.build(config.EncodeConfig, ENCODE | {"size": 64, "dtype": "float32"}, {})
+    assert (from_file.size, from_file.dtype, from_file.batch_size) == (64, "float32", 16)
+    both = config.build(config.EncodeConfig, ENCODE | {"size": 64, "dtype": "float32"}, {"size": 128})
+    assert (both.size, both.dtype, both.batch_size) == (128, "float32", 16)
+
+
+def test_flags_complete_the_file():
+    assert config.build(config.EncodeConfig, {"vae": "a", "out": "b"}, {"source": "c"}).source == "c"
+
+
+@pytest.mark.parametrize("name", ["batch-size", "batch_size"])
+def test_file_keys_with_either_dash(name):
+    assert config.build(config.EncodeConfig, ENCODE | {name: 3}, {}).batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batchsize": 3}, "config file: unknown key 'batchsize'; did you mean 'batch_size'?"),
+        ({"zzzz": 3}, "config file: unknown key 'zzzz'; known: batch_size, compute_dtype"),
+        ({7: 3}, "config file: unknown key 7"),
+        ({"size": "big"}, "config file: size: expected int, got 'big'"),
+        ({"size": 1.5}, "config file: size: expected int, got 1.5"),
+        ({"size": True}, "config file: size: expected int, got True"),  # a bool is an int to Python
+        ({"size": None}, "config file: size: expected int, got None"),
+        ({"size": [1]}, r"config file: size: expected int, got \[1\]"),
+        ({"size": 0}, "config file: size: expected at least 1, got 0"),
+        ({"threads": -1}, "config file: threads: expected at least 0, got -1"),
+        ({"mirror": "yes"}, "config file: mirror: expected bool, got 'yes'"),
+        ({"mirror": 1}, "config file: mirror: expected bool, got 1"),
+        ({"vae": ["a"]}, r"config file: vae: expected str, got \['a'\]"),
+        ({"vae": True}, "config file: vae: expected str, got True"),
+        ({"dtype": "flaot16"}, "config file: dtype: expected one of .*; did you mean 'float16'?"),
+        ({"dtype": "int8"}, "config file: dtype: expected one of float16, bfloat16, float32, got 'int8'"),
+    ],
+)
+def test_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        config.build(config.EncodeConfig, ENCODE | values, {})
+
+
+@pytest.mark.parametrize("value", [[], [1.5], ["8"], [True], 32, "32,64"])
+def test_lists_hold_whole_numbers(value):
+    with pytest.raises(ValueError, match="block_out_channels: expected a list of whole numbers"):
+        config.build(config.TrainVaeConfig, TRAIN_VAE | {"block_out_channels": value}, {})
+
+
+@pytest.mark.parametrize("value", [math.nan, "nan", -1e-9, "fast"])
+def test_bad_learning_rates(value):
+    with pytest.raises(ValueError, match="learning_rate: expected"):
+        config.build(config.TrainVaeConfig, TRAIN_VAE | {"learning_rate": value}, {})
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("source", "missing SOURCE: give it on the command line or in the config file"),
+        ("vae", "missing --vae: "),
+        ("out", "missing --out: "),
+    ],
+)
+def test_missing(missing, message):
+    with pytest.raises(ValueError, match=message):
+        config.build(config.EncodeConfig, {k: v for k, v in ENCODE.items() if k != missing}, {})
+
+
+def test_every_missing_setting_is_named_at_once():
+    with pytest.raises(ValueError, match="missing SOURCE, --vae, --out: "):
+        config.build(config.EncodeConfig, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("mixed_precision: no", "mixed_precision", "no"),  # YAML 1.1: false
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),  # YAML 1.1: text
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("learning_rate: 1.0e-4", "learning_rate", 1e-4),
+        ("block_out_channels: [8, 16]", "block_out_channels", (8, 16)),
+        ("block_out_channels:\n- 8\n- 16", "block_out_channels", (8, 16)),
+        ("out: 12", "out", "12"),
+        ("mirror: yes", "mirror", True),
+        ("mirror: off", "mirror", False),
+    ],
+)
+def test_yaml_oddities(tmp_path, line, name, value):
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"source: images\n{'' if name == 'out' else 'out: run'}\n{line}\n")
+    got = getattr(config.build(config.TrainVaeConfig, config.read_yaml(str(path)), {}), name)
+    assert (got, type(got)) == (value, type(value))
+
+
+def test_yaml_number_for_text(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("checkpoint: run\noutput: samples\nlabels: 3\n")
+    assert config.build(config.SampleConfig, config.read_yaml(str(path)), {}).labels == "3"
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
+def test_empty_yaml_sets_nothing(tmp_path, text):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    assert config.read_yaml(str(path)) == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"- a\n- b\n", "expected a mapping of keys to values, got list"),
+        (b"text\n", "expected a mapping of keys to values, got str"),
+        (b"a: [1\n", "not YAML"),
+        (b"a: \xff\n", "not YAML"),
+        (b"a: !!python/object/apply:os.getcwd []\n", "not YAML"),  # nothing is ever run
+    ],
+)
+def test_bad_yaml(tmp_path, data, message):
+    path = tmp_path / "settings.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"--config {path}: {message}") as caught:
+        config.read_yaml(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_file_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="--config .*nothing.yaml: No such file"):
+        config.read_yaml(str(tmp_path / "nothing.yaml"))
+
+
+@pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_is_printed_reads_back(tmp_path, cls, changed):
+    values = required_values(cls)
+    if changed:
+        hints = typing.get_type_hints(cls)
+        values = {field.name: other_value(field, hints[field.name]) for field in dataclasses.fields(cls)}
+    resolved = config.build(cls, {}, values)
+    path = tmp_path / "settings.yaml"
+    path.write_text(config.to_yaml(resolved), encoding="utf-8")
+    assert config.build(cls, config.read_yaml(str(path)), {}) == resolved
+
+
+@pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: cls.__name__)
+def test_defaults_pass_their_own_checks(cls):
+    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    assert config.build(cls, {}, required_values(cls) | defaults) == cls(**required_values(cls))
+
+
+def test_settings_of_training_are_those_of_the_loop():
+    # _train copies them by name.
+    from fastlatent.training.loop import LoopSettings
+
+    names = {field.name for field in dataclasses.fields(config.TrainConfig)}
+    assert {field.name for field in dataclasses.fields(LoopSettings)} <= names
