@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import io
 import os
 import signal
 import sys
@@ -31,6 +32,9 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path that the terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     arguments = [_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = _parser()
     namespace, unknown = parser.parse_known_args(arguments)
@@ -39,18 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = {k: v for k, v in given.items() if k not in ("command", "train_command", "config", "dry_run")}
     try:
         if unknown:
-            names = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cls)]
-            raise ValueError(f"unknown argument {unknown[0]!r}{config.suggest(unknown[0].split('=')[0], names)}")
+            raise ValueError(_unknown(unknown[0], cls))
         resolved = config.build(cls, config.read_yaml(given["config"]) if given["config"] else {}, flags)
     except ValueError as error:
         print(f"fastlatent {command}: {error}", file=sys.stderr)
         return 2
-    text = config.to_yaml(resolved)
-    if text:
-        print(f"# fastlatent {command}\n{text}", end="", flush=True)
-    if given["dry_run"]:
-        return 0
     try:
+        text = config.to_yaml(resolved)
+        if text:
+            print(f"# fastlatent {command}\n{text}", end="", flush=True)
+        if given["dry_run"]:
+            return 0
         run = getattr(importlib.import_module(f"fastlatent.workflows.{module}"), function)
         result = run(resolved)
         return result if isinstance(result, int) else 0
@@ -61,17 +64,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`| head`): nothing to tell it, and flushing at exit must not raise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, MemoryError) as error:
-        if os.environ.get("FASTLATENT_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("FASTLATENT_TRACEBACK") or not _expected(error):
             raise
         print(f"fastlatent {command}: {_message(error)}", file=sys.stderr)
         return 1
 
 
-def _message(error: BaseException) -> str:
+def _expected(error: Exception) -> bool:
+    """Whether this is about the user's input or machine, so that its message is enough; else it is our mistake."""
+    from safetensors import SafetensorError  # raised by a full disk too
+
+    out_of_memory = isinstance(error, RuntimeError) and "memory" in str(error)
+    return isinstance(error, (ValueError, OSError, MemoryError, SafetensorError)) or out_of_memory
+
+
+def _unknown(argument: str, cls: type) -> str:
+    fields = dataclasses.fields(cls)
+    name = argument.split("=")[0].lstrip("-").replace("-", "_")
+    if any(field.name == name for field in fields):
+        return f"unknown argument {argument!r}: give {name.upper()} without a flag"
+    flags = ["--" + field.name.replace("_", "-") for field in fields if not field.metadata["positional"]]
+    return f"unknown argument {argument!r}{config.suggest(argument.split('=')[0], flags)}"
+
+
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}; what was on disk before is unchanged"
+    if isinstance(error, (MemoryError, RuntimeError)):
+        return f"out of memory ({str(error).splitlines()[0] if str(error) else 'host'}); try a smaller --batch-size"
     return str(error) or type(error).__name__
 
 

@@ -15,21 +15,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+CONFIG_FILE = "config file"
+_NULL = ("null", "Null", "NULL", "~", "")
+MAX_SEED = 2**63 - 1  # what every generator takes
+MAX_THREADS = 4096
 DEVICE_HELP = "auto (CUDA if there is one), cpu, cuda, cuda:1 …"
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
     """A field with a default: `--name VALUE` on the command line."""
-    return dataclasses.field(default=default, metadata=_metadata(help, choices, minimum, positional=False))
+    return dataclasses.field(default=default, metadata=_metadata(help, choices, minimum, maximum, positional=False))
 
 
 def required(help: str, *, positional: bool = False) -> Any:
     """A field without a default: `--name VALUE`, or a bare argument if positional."""
-    return dataclasses.field(metadata=_metadata(help, (), None, positional=positional))
+    return dataclasses.field(metadata=_metadata(help, (), None, None, positional=positional))
 
 
-def _metadata(help: str, choices: tuple[str, ...], minimum: float | None, *, positional: bool) -> dict[str, Any]:
-    return {"help": help, "choices": choices, "minimum": minimum, "positional": positional}
+def _metadata(
+    help: str, choices: tuple[str, ...], minimum: float | None, maximum: float | None, *, positional: bool
+) -> dict[str, Any]:
+    return {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "positional": positional}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +58,9 @@ class EncodeConfig:
     compute_dtype: str = option("float32", "dtype the autoencoder runs in", choices=("float32", "bfloat16", "float16"))
     batch_size: int = option(16, "images per forward pass; part of the fingerprint", minimum=1)
     unit_rows: int = option(4096, "images per shard at most (a shard also stays below 256 MiB)", minimum=1)
-    threads: int = option(0, "CPU threads; 0: what the dataset was begun with, or all cores", minimum=0)
+    threads: int = option(
+        0, "CPU threads; 0: what the dataset was begun with, or all cores", minimum=0, maximum=MAX_THREADS
+    )
     device: str = option("auto", DEVICE_HELP)
 
 
@@ -60,12 +75,12 @@ class TrainConfig:
     warmup_steps: int = option(100, "linear warm-up", minimum=0)
     weight_decay: float = option(0.01, "AdamW, on matrices only", minimum=0)
     grad_clip: float = option(1.0, "largest global gradient norm", minimum=0)
-    ema_decay: float = option(0.9999, "decay of the weight average; 0 turns it off", minimum=0)
+    ema_decay: float = option(0.9999, "decay of the weight average; 0 turns it off", minimum=0, maximum=0.999999)
     mixed_precision: str = option("no", "autocast; weights stay float32", choices=("no", "bf16"))
     checkpoint_every: int = option(5000, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints stay", minimum=1)
-    seed: int = option(0, "of initial weights, order, noise and dropout", minimum=0)
-    threads: int = option(0, "CPU threads; 0: all cores", minimum=0)
+    seed: int = option(0, "of initial weights, order, noise and dropout", minimum=0, maximum=MAX_SEED)
+    threads: int = option(0, "CPU threads; 0: all cores", minimum=0, maximum=MAX_THREADS)
     device: str = option("auto", DEVICE_HELP)
 
 
@@ -105,7 +120,7 @@ class TrainArConfig(TrainConfig):
         "cosine", "noise schedule of epsilon and v_prediction", choices=("cosine", "linear", "scaled_linear")
     )
     batch_mul: int = option(4, "noised copies of each sequence per backbone pass", minimum=1)
-    class_dropout_prob: float = option(0.1, "share of labels replaced by the null class", minimum=0)
+    class_dropout_prob: float = option(0.1, "share of labels replaced by the null class", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +138,7 @@ class SampleConfig:
         "auto: dpmsolver++, or euler for flow",
         choices=("auto", "dpmsolver++", "ddim", "ddpm", "euler"),
     )
-    seed: int = option(0, "of the noise; sample i has the same noise at any batch size", minimum=0)
+    seed: int = option(0, "of the noise; sample i has the same noise at any batch size", minimum=0, maximum=MAX_SEED)
     noise: str | None = option(None, "safetensors file with tensor `noise` [B, N, C]: start noise of every token")
     dtype: str = option("float32", "of weights and arithmetic", choices=("float64", "float32", "bfloat16", "float16"))
     decode: bool = option(True, "decode the latents to images")
@@ -131,7 +146,7 @@ class SampleConfig:
     allow_other_vae: bool = option(False, "decode although the autoencoder is not the one that encoded the set")
     batch_size: int = option(64, "sequences sampled at a time", minimum=1)
     compile: bool = option(False, "torch.compile the head and the backbone step")
-    threads: int = option(0, "CPU threads; 0: all cores", minimum=0)
+    threads: int = option(0, "CPU threads; 0: all cores", minimum=0, maximum=MAX_THREADS)
     device: str = option("auto", DEVICE_HELP)
 
 
@@ -147,7 +162,7 @@ class DecodeConfig:
     columns: int = option(10, "images per row of sheet.png", minimum=1)
     batch_size: int = option(16, "latents per forward pass", minimum=1)
     dtype: str = option("float32", "dtype the autoencoder runs in", choices=("float32", "bfloat16", "float16"))
-    threads: int = option(0, "CPU threads; 0: all cores", minimum=0)
+    threads: int = option(0, "CPU threads; 0: all cores", minimum=0, maximum=MAX_THREADS)
     device: str = option("auto", DEVICE_HELP)
 
 
@@ -175,7 +190,7 @@ def build(cls: type, file_values: Mapping[str, Any], flag_values: Mapping[str, A
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
-    for origin, given in (("config file", file_values), ("flag", flag_values)):
+    for origin, given in ((CONFIG_FILE, file_values), ("flag", flag_values)):
         for raw_name, value in given.items():
             name = str(raw_name).replace("-", "_")
             if name not in fields:
@@ -203,16 +218,19 @@ def to_yaml(config: Any) -> str:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file; ValueError if it is not there or not a mapping."""
+    """The mapping in a YAML file, every scalar as its text; ValueError if it is not there or not a mapping.
+
+    Text, because YAML's own guesses surprise: `no` is false, `1e-4` is text, `007` is 7. Fields know their types.
+    """
     import yaml
 
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
-    if loaded is None:
+    if not loaded:
         return {}
     if not isinstance(loaded, dict):
         raise ValueError(f"--config {path}: expected a mapping of keys to values, got {type(loaded).__name__}")
@@ -230,33 +248,39 @@ def value_type(hint: Any) -> tuple[type, bool]:
 def _checked(origin: str, field: dataclasses.Field, hint: Any, value: Any) -> Any:
     kind, optional = value_type(hint)
     where = f"{origin}: {field.name}"
-    if value is None and optional:
+    if isinstance(value, str) and kind is not str and origin == CONFIG_FILE:
+        value = _parsed(kind, value)
+    if optional and (value is None or (origin == CONFIG_FILE and value in _NULL)):
         return None
-    if kind is tuple and isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
-        return tuple(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(_parsed(int, v) if isinstance(v, str) else v for v in value)
+    if kind is tuple and isinstance(value, tuple) and value and all(type(v) is int for v in value):
+        return value
     if kind is float and type(value) is int:
         value = float(value)
-    # YAML 1.1 reads 1e-4 as text.
-    if kind is float and isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"{where}: expected a number, got {value!r}") from None
-    # YAML 1.1 reads a bare `no` as false.
-    if value is False and "no" in field.metadata["choices"]:
-        value = "no"
-    # `labels: 3` in YAML is a number, but it is the text "3" on the command line.
-    if kind is str and type(value) in (int, float):
-        value = str(value)
     if type(value) is not kind:
         expected = "a list of whole numbers" if kind is tuple else kind.__name__
         raise ValueError(f"{where}: expected {expected}, got {value!r}")
-    choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    choices, minimum, maximum = (field.metadata[name] for name in ("choices", "minimum", "maximum"))
     if choices and value not in choices:
         raise ValueError(f"{where}: expected one of {', '.join(choices)}, got {value!r}{_near(value, choices)}")
     if minimum is not None and not value >= minimum:
         raise ValueError(f"{where}: expected at least {minimum}, got {value}")
+    if maximum is not None and not value <= maximum:
+        raise ValueError(f"{where}: expected at most {maximum}, got {value}")
     return value
+
+
+def _parsed(kind: type, text: str) -> Any:
+    """The value that a text of a YAML file stands for; the text itself where it stands for none."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if kind is tuple:
+        return tuple(_parsed(int, part.strip()) for part in text.split(","))
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def _near(value: Any, choices: tuple[str, ...]) -> str:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 def philox(seed: int, id: int, call: int) -> np.random.Generator:
     """The generator of one (seed, id, call): Philox4x64 with key (seed, id) and `call` in the counter's top word."""
-    return np.random.Generator(np.random.Philox(key=[seed, id], counter=[0, 0, 0, call]))
+    # uint64 arrays: numpy takes a list with numbers of 2^63 and more through float64, which loses the low bits.
+    key, counter = np.array([seed, id], dtype=np.uint64), np.array([0, 0, 0, call], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def normal(seed: int, ids: Iterable[int], call: int, shape: tuple[int, ...]) -> Tensor:

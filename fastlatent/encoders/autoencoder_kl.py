@@ -15,15 +15,8 @@ from torch import Tensor
 from fastlatent.pipeline.checkpoints import resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# Config entries that name a file, a version or a normalisation, and change no byte of the output.
-_NOT_IDENTITY = {
-    "_name_or_path",
-    "_diffusers_version",
-    "scaling_factor",
-    "shift_factor",
-    "latents_mean",
-    "latents_std",
-}
+# Config entries of the model that is trained on the latents; they change no byte of the output.
+_NOT_IDENTITY = {"scaling_factor", "shift_factor", "latents_mean", "latents_std"}
 
 
 class KLAutoencoder:
@@ -51,7 +44,8 @@ class KLAutoencoder:
         return self.model.decode(latents.to(self.model.device, self.model.dtype)).sample.float()
 
     def identity(self) -> dict[str, Any]:
-        config = {k: v for k, v in self.model.config.items() if k not in _NOT_IDENTITY}
+        # diffusers' own notes begin with an underscore: paths, versions, and a list whose order changes by process.
+        config = {k: v for k, v in self.model.config.items() if k not in _NOT_IDENTITY and not k.startswith("_")}
         return {
             "class": "AutoencoderKL",
             "config": json.loads(json.dumps(config, sort_keys=True)),
@@ -86,7 +80,8 @@ def load_autoencoder(
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise ValueError(
-                f"autoencoder: {folder / WEIGHTS} does not fit its config.json: {what} {sorted(map(str, info[what]))[:3]}"
+                f"autoencoder: {folder / WEIGHTS} does not fit its config.json: {what} "
+                f"{sorted(map(str, info[what]))[:3]}"
             )
     return KLAutoencoder(model.to(device), digest)
 

@@ -222,6 +222,4 @@ def _check_image(caller: str, image: np.ndarray) -> None:
         or 0 in image.shape
         or image.dtype not in (np.dtype(np.uint8), np.dtype(np.float32))
     ):
-        raise ValueError(
-            f"{caller}: expected uint8 or float32 [H, W, 1 or 3], got {image.dtype} {list(image.shape)}"
-        )
+        raise ValueError(f"{caller}: expected uint8 or float32 [H, W, 1 or 3], got {image.dtype} {list(image.shape)}")

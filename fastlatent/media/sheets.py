@@ -65,9 +65,7 @@ def save_sheet(
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     step_y, step_x = cells.shape[1] + SEPARATOR, cells.shape[2] + SEPARATOR
-    sheet = np.full(
-        (rows * step_y - SEPARATOR, columns * step_x - SEPARATOR, channels), SEPARATOR_GREY, dtype=np.uint8
-    )
+    sheet = np.full((rows * step_y - SEPARATOR, columns * step_x - SEPARATOR, channels), SEPARATOR_GREY, dtype=np.uint8)
     for i, cell in enumerate(cells):
         y, x = i // columns * step_y, i % columns * step_x
         sheet[y : y + cell.shape[0], x : x + cell.shape[1]] = cell

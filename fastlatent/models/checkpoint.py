@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,19 @@ class CheckpointConfig(TransformerConfig):
             )
         for name in ("latents_mean", "latents_std"):
             value = getattr(self, name)
-            if isinstance(value, list) and len(value) != self.in_channels:
+            values = value if isinstance(value, list) else [value]
+            if not all(type(v) in (int, float) and math.isfinite(v) for v in values) or (
+                isinstance(value, list) and len(value) != self.in_channels
+            ):
                 raise ValueError(
-                    f"config: expected {self.in_channels} values in {name} (in_channels), got {len(value)}"
+                    f"config: expected {name} to be a finite number, or {self.in_channels} (in_channels), got {value!r}"
                 )
+            if name == "latents_std" and min(values) <= 0:
+                raise ValueError(f"config: expected latents_std above 0, got {value!r}")
+        if not isinstance(self.vae, (dict, type(None))):
+            raise ValueError(f"config: expected vae to be an object or null, got {self.vae!r}")
+        if len(self.classes) not in (0, self.num_classes) or not all(isinstance(name, str) for name in self.classes):
+            raise ValueError(f"config: expected {self.num_classes} names in classes (num_classes), or none")
 
 
 def save_checkpoint(folder: Path, config: CheckpointConfig, state: dict[str, torch.Tensor]) -> None:

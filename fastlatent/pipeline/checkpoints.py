@@ -55,6 +55,8 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
     Only then are all but the newest `keep` checkpoints removed. If anything fails, the older ones are as before.
     """
     final = run / f"checkpoint-{step:06d}"
+    if final.exists():  # the same step is the same state
+        return final
     temporary = run / f".tmp-{final.name}-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     try:
@@ -64,8 +66,6 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
                 with open(os.path.join(root, name), "rb") as file:
                     os.fsync(file.fileno())
             fsync_directory(Path(root))
-        if final.exists():  # the same step again, from the same state: nothing is lost in between
-            final.rename(run / f".tmp-old-{uuid.uuid4().hex}")
         temporary.rename(final)
         fsync_directory(run)
     finally:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -142,7 +143,7 @@ class Log:
         """Write what is pending.
 
         Raises:
-            ValueError: a loss is not finite.
+            ValueError: a loss or gradient is not finite.
         """
         if not self._pending:
             return
@@ -152,11 +153,12 @@ class Log:
             for (step, rate, _), row in zip(self._pending, table.tolist(), strict=True):
                 values = dict(zip(names, row, strict=True))
                 file.write(json.dumps({"step": step, "learning_rate": rate, **values}) + "\n")
-                if not math.isfinite(values["loss"]):
-                    raise ValueError(
-                        f"the loss became {values['loss']} at step {step}; lower --learning-rate, or resume from the "
-                        f"newest checkpoint in {self.path.parent}, which is from before that"
-                    )
+                for name in ("loss", "grad_norm"):
+                    if not math.isfinite(values[name]):
+                        raise ValueError(
+                            f"{name} became {values[name]} at step {step}: the run diverged. Its newest checkpoint in "
+                            f"{self.path.parent} is from before that; use a lower --learning-rate in another --out"
+                        )
         self.last_loss = values["loss"]
         self._pending.clear()
 
@@ -199,7 +201,12 @@ def _restore(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema
     found = checkpoints.checkpoints(run)
     if not found:
         return 0
-    state = load_file(found[-1] / STATE)
+    try:
+        state = load_file(found[-1] / STATE)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{found[-1] / STATE} does not load ({error}); delete {found[-1]} to resume from the checkpoint before it"
+        ) from None
     own = {name: p.detach() for name, p in module.named_parameters()}
     targets = {f"weights.{name}": tensor for name, tensor in own.items()}
     if ema:

@@ -82,11 +82,10 @@ def load_matching_autoencoder(
     Raises:
         ValueError: none is named, it is not there, it has other latents, or it is not the one that made these.
     """
-    if path is None and made_by is None:
-        raise ValueError("these latents do not say which autoencoder made them; name it with --vae PATH")
     if path is None:
-        assert made_by is not None
-        path = made_by["path"]
+        path = (made_by or {}).get("path")
+        if path is None:
+            raise ValueError("these latents do not say which autoencoder made them; name it with --vae PATH")
         if not Path(path).exists():
             raise ValueError(
                 f"the autoencoder that made these latents was at {path} and is gone; name it with --vae PATH"
@@ -110,19 +109,27 @@ def decode_to_folder(
     latents: Tensor, vae: Autoencoder, output: Path, *, names: list[str], batch_size: int, columns: int
 ) -> None:
     """Write images/NNNNNN.png, images.jsonl (which is which) and sheet.png. latents: raw [N, C, h, w]."""
-    folder = output / "images"
+    folder, listing = output / "images", output / "images.jsonl"
+    old = [json.loads(line)["file"] for line in listing.read_text().splitlines()] if listing.exists() else []
     folder.mkdir(parents=True, exist_ok=True)
     sheet: list[np.ndarray] = []
     lines: list[str] = []
     with StopRequest() as stop, Progress("decode", len(latents), "images") as progress:
         for begin in range(0, len(latents), batch_size):
             stop.check()
-            images = to_uint8(vae.decode(latents[begin : begin + batch_size]).cpu().numpy())
+            pixels = vae.decode(latents[begin : begin + batch_size]).cpu()
+            if not pixels.isfinite().all():
+                raise ValueError(
+                    f"decoding rows {begin} to {begin + len(pixels) - 1} gave NaN or infinity; try --dtype float32"
+                )
+            images = to_uint8(pixels.numpy())
             for i, image in enumerate(images, begin):
                 save_png(folder / f"{i:06d}.png", image)
                 lines.append(json.dumps({"file": f"images/{i:06d}.png", "name": names[i]}) + "\n")
             sheet += list(images)[: max(0, SHEET_IMAGES - len(sheet))]
             progress.advance(len(images))
-    write_atomic(output / "images.jsonl", "".join(lines).encode())
+    write_atomic(listing, "".join(lines).encode())
+    for name in old[len(latents) :]:  # of an earlier, longer list
+        (output / name).unlink(missing_ok=True)
     save_sheet(output / "sheet.png", np.stack(sheet), columns=columns)
     print(f"{output}: {len(latents)} images, sheet.png")

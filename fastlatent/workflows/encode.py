@@ -32,7 +32,7 @@ from fastlatent.sources.image_folder import Item, scan_image_folder
 from fastlatent.store.reader import PROVENANCE, Dataset, read_provenance
 from fastlatent.store.records import PlannedItem, Quarantined, Unit
 from fastlatent.store.writer import DatasetWriter, Entry, Rows
-from fastlatent.workflows.runtime import DTYPES, available_cores, keep_config, set_up
+from fastlatent.workflows.runtime import DTYPES, available_cores, keep_config, refuse_output_in_source, set_up
 
 READERS = 4
 MAX_UNIT_BYTES = 256 * 2**20  # a unit's rows are assembled in memory
@@ -68,6 +68,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
     Raises:
         ValueError: the source, the autoencoder or the dataset folder cannot be used as asked.
     """
+    refuse_output_in_source(config.out, config.source)
     folder = scan_image_folder(config.source)
     out = Path(config.out)
     threads = config.threads or _recorded_threads(out) or available_cores()

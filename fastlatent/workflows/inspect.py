@@ -10,7 +10,7 @@ import yaml
 
 from fastlatent.config import InspectConfig
 from fastlatent.pipeline.checkpoints import checkpoints
-from fastlatent.store.reader import Dataset, build_state
+from fastlatent.store.reader import PROVENANCE, Dataset, build_state
 from fastlatent.store.shard import Shard
 
 
@@ -21,8 +21,8 @@ def inspect(config: InspectConfig) -> None:
         raise ValueError(f"{path} does not exist")
     if path.is_file():
         described = _file(path)
-    elif (state := build_state(path)) is not None or (path / "dataset.json").exists():
-        described = _dataset(path, state)
+    elif (path / PROVENANCE).exists():
+        described = _dataset(path, build_state(path))
     else:
         described = _run_or_checkpoint(path)
     print(yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=120), end="")
@@ -124,7 +124,10 @@ def _run_or_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: expected a dataset (dataset.json), a run (checkpoint-*) or a checkpoint (config.json and "
             f".safetensors), found {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'an empty folder'}"
         )
-    described["config"] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        described["config"] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
     for file in weights:
         shard = Shard.open(file)
         count = sum(values.size for values in shard.columns.values())

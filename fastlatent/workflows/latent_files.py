@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class LatentFile:
 
     def raw(self) -> Tensor:
         """float32 [B, C, side, side], what the autoencoder decodes."""
-        side = round(self.latents.shape[1] ** 0.5)
+        side = math.isqrt(self.latents.shape[1])
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.latents_mean, self.latents_std))
         return (self.latents.double() * std + mean).float().transpose(1, 2).unflatten(-1, (side, side))
 
@@ -68,4 +69,14 @@ def read_latent_file(path: Path) -> LatentFile:
             tensors = {name: file.get_tensor(name) for name in ("latents", "labels")}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
-    return LatentFile(**tensors, **json.loads(metadata["provenance"]))
+    latents, labels = tensors["latents"], tensors["labels"]
+    if latents.ndim != 3 or math.isqrt(latents.shape[1]) ** 2 != latents.shape[1] or not latents.numel():
+        raise ValueError(f"{path}: expected latents [B, N, C] with N a square number, got {list(latents.shape)}")
+    if labels.shape != latents.shape[:1]:
+        raise ValueError(f"{path}: expected {len(latents)} labels, one per sample, got {list(labels.shape)}")
+    if not latents.isfinite().all():
+        raise ValueError(f"{path}: its latents hold NaN or infinity; sample again")
+    try:
+        return LatentFile(**tensors, **json.loads(metadata["provenance"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its provenance is damaged: {error!r}; sample again") from None

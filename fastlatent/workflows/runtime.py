@@ -31,13 +31,21 @@ def set_up(device: str, threads: int) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}") from None
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu, "
             "or see `fastlatent doctor`"
         )
     return chosen
+
+
+def refuse_output_in_source(out: str, source: str) -> None:
+    """ValueError where what is written would be found as images, and its folder as a class, at the next scan."""
+    if Path(out).resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"--out {out} lies inside the source {source}: the next scan would take it for a class")
 
 
 def available_cores() -> int:

@@ -28,6 +28,8 @@ def sample(config: SampleConfig) -> None:
     output = Path(config.output)
     if not config.decode and output.suffix != ".safetensors":
         raise ValueError(f"--no-decode writes a file: expected --output NAME.safetensors, got {output}")
+    if not config.decode and output.is_dir():
+        raise ValueError(f"--output {output} is a folder; --no-decode writes a file")
     if config.decode and output.suffix == ".safetensors":
         raise ValueError(
             f"--output {output}: without --no-decode it is a folder; add --no-decode to write latents only"
@@ -36,7 +38,8 @@ def sample(config: SampleConfig) -> None:
     model, checkpoint = load_checkpoint(config.checkpoint, DTYPES[config.dtype], device)
     labels = parse_labels(config.labels, checkpoint.num_classes).repeat_interleave(config.per_class)
     noise = _noise(config, checkpoint, len(labels))
-    # Before hours of sampling, not after: is there an autoencoder that fits?
+    # Before hours of sampling, not after: can the result be written, is there an autoencoder that fits?
+    (output if config.decode else output.parent).mkdir(parents=True, exist_ok=True)
     vae = None
     if config.decode:
         vae = load_matching_autoencoder(

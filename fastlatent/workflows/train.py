@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+import xxhash
 
 from fastlatent.config import TrainArConfig, TrainConfig, TrainVaeConfig
 from fastlatent.pipeline.checkpoints import checkpoints, step_of
 from fastlatent.store.build import Lock
+from fastlatent.store.files import canonical_json, parse_json, read_bytes, write_atomic
 from fastlatent.training.loop import LoopSettings, Objective, train
-from fastlatent.workflows.runtime import keep_config, set_up
+from fastlatent.workflows.runtime import keep_config, refuse_output_in_source, set_up
 
 CONFIG = "train.yaml"
+SETTINGS = ".settings.json"  # what a resumed run is compared with
 # What may differ between the runs that one training consists of, without changing its losses.
 _FREE = {"out", "device", "threads", "checkpoint_every", "keep_checkpoints"}
 
@@ -36,7 +38,8 @@ def train_vae(config: TrainVaeConfig) -> None:
         raise ValueError(f"--size {config.size}: {levels} levels in --block-out-channels need a multiple of {factor}")
     if config.channels not in (1, 3):
         raise ValueError(f"--channels: expected 1 (grey) or 3 (RGB), got {config.channels}")
-    if any(width % config.norm_groups for width in config.block_out_channels):
+    refuse_output_in_source(config.out, config.source)
+    if any(width < 1 or width % config.norm_groups for width in config.block_out_channels):
         raise ValueError(
             f"--norm-groups {config.norm_groups} must divide every width of --block-out-channels "
             f"{','.join(map(str, config.block_out_channels))}"
@@ -51,7 +54,7 @@ def train_vae(config: TrainVaeConfig) -> None:
         mirror=config.mirror,
         seed=config.seed,
     )
-    with _run(config) as device:
+    with _run(config, data=[item.key for item in folder.items]) as device:
         model = AutoencoderKL(
             in_channels=config.channels,
             out_channels=config.channels,
@@ -111,7 +114,7 @@ def train_ar(config: TrainArConfig) -> None:
         vae={**store.provenance["hashed"]["vae"], "path": store.provenance["informational"]["vae_path"]},
         classes=store.classes,
     )
-    with _run(config) as device:
+    with _run(config, data=store.root) as device:
         loader = LatentLoader(dataset, config.batch_size, seed=config.seed, device=device)
         model = Transformer(checkpoint)
         model.initialize()
@@ -131,32 +134,41 @@ def train_ar(config: TrainArConfig) -> None:
 
 
 @contextlib.contextmanager
-def _run(config: TrainConfig) -> Iterator[torch.device]:
-    """Hold the run folder for one training, with its config kept and compared; seeds the initial weights."""
+def _run(config: TrainConfig, data: Any) -> Iterator[torch.device]:
+    """Hold the run folder for one training, with its config kept and compared; seeds the initial weights.
+
+    `data` is JSON that changes whenever the training data does: a run never goes on with other data than it began with.
+    """
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
     lock = Lock(run)
     try:
         device = set_up(config.device, config.threads)
-        previous = run / CONFIG
+        now = _settings(config) | {"data": xxhash.xxh3_128_hexdigest(canonical_json(data))}
+        previous = run / SETTINGS
         if previous.exists() and checkpoints(run):
-            differences = _differences(yaml.safe_load(previous.read_text(encoding="utf-8")), config)
+            before = parse_json(read_bytes(previous), str(previous))
+            differences = [
+                f"{name}: {before.get(name)} (the run) != {value} (now)"
+                for name, value in now.items()
+                if before.get(name) != value
+            ]
             if differences:
                 raise ValueError(
                     f"{run} holds a run with other settings; nothing was changed. Use these settings to resume it, "
                     f"or another --out:\n  " + "\n  ".join(differences)
                 )
-        keep_config(previous, config)
+        write_atomic(previous, canonical_json(now))
+        keep_config(run / CONFIG, config)
         torch.manual_seed(config.seed)
         yield device
     finally:
         lock.release()
 
 
-def _differences(before: dict[str, Any], config: TrainConfig) -> list[str]:
-    now = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    names = [name for name in now if name not in _FREE and before.get(name) != now[name]]
-    return [f"{name}: {before.get(name)} (the run) != {now[name]} (now)" for name in names]
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    return {k: v for k, v in values.items() if k not in _FREE}
 
 
 def _train(objective: Objective, config: TrainConfig, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import pytest
 import xxhash
 
 from fastlatent.store.files import canonical_json
-from fastlatent.store.reader import Dataset, build_state, root_digest
+from fastlatent.store.reader import INDEX_COLUMNS, Dataset, build_state, root_digest
 from fastlatent.store.writer import DatasetWriter
 
 
@@ -62,18 +62,7 @@ def drop(*names):
 def test_the_columns_are_writable_views_that_change_no_file(dataset, toy):
     before = toy.contents(dataset)
     opened = read_all(dataset)
-    for name in (
-        "key_hash",
-        "bucket",
-        "shard",
-        "row",
-        "label",
-        "src_size",
-        "src_mtime_ns",
-        "src_xxh3",
-        "orig_hw",
-        "crop",
-    ):
+    for name in INDEX_COLUMNS:
         column = getattr(opened, name)
         assert len(column) == len(opened) and not column.flags.owndata
         column[:] = 1
@@ -151,7 +140,7 @@ FILE_LIES = {
     "shard absolute": (put(*SHARD, "path", value="/x"), ("manifests", 0), "expected a path inside"),
     "shard bytes": (put(*SHARD, "bytes", value=7), ("manifests", 0), "bytes"),
     "shard header size": (put(*SHARD, "header_bytes", value=8), ("manifests", 0), "header_bytes: expected 8, got 4096"),
-    "shard header digest": (put(*SHARD, "header_xxh3_64", value="0" * 16), ("manifests", 0), "header_xxh3_64: expected"),
+    "shard header digest": (put(*SHARD, "header_xxh3_64", value="0" * 16), ("manifests", 0), "header_xxh3_64: exp"),
     "shard unit": (put(*SHARD, "unit", value="0" * 32), ("manifests", 0), r"fls\.unit: expected"),
     "shard unit no digest": (put(*SHARD, "unit", value="x"), ("manifests", 0), "32 hexadecimal digits"),
     "shard rows": (put(*SHARD, "rows", value=3), ("manifests", 0), "moments: expected"),

@@ -87,6 +87,7 @@ def test_encode_equals_a_plain_loop(chain, tmp_path, dtype):
         assert rows.shape == (2, 4, 4, 4)
         torch.testing.assert_close(rows, want, rtol=tolerance + 1e-5, atol=1e-5)
         assert not torch.equal(rows[0], rows[1])
+    chain.ok(f"train ar {chain.train_ar} --out", tmp_path / "ar", tmp_path / "d")
 
 
 def test_encode_again_is_no_work(chain, tmp_path):
