@@ -129,7 +129,7 @@ def prepare(case: harness.Case) -> Iterator[harness.Prepared]:
             {name: factories[name] for name in case.providers},
             bytes=2 * ROWS * row_bytes,
             floor="copy",
-            rival="numpy",
+            rivals=("numpy", "torch_index_select"),
         )
     finally:
         torch.set_num_threads(threads_before)

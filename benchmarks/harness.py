@@ -173,6 +173,13 @@ def interleave(
             outcomes[name] = Outcome("timeout", f"warm-up took {limit}")
         except Exception as error:  # one broken rival must not cost the other rows
             outcomes[name] = _failure(error)
+    for name, (function, _) in list(ready.items()):
+        try:
+            with time_limit(cap_seconds):
+                function()  # again: the reset above threw away what others had compiled
+        except TimeLimitExceeded as limit:
+            outcomes[name] = Outcome("timeout", f"second warm-up took {limit}")
+            del ready[name]
     samples: dict[str, list[float]] = {name: [] for name in ready}
     begin = time.perf_counter()
     rounds = 0
@@ -204,7 +211,7 @@ class Prepared:
     bytes: int | None = None
     flops: int | None = None
     floor: float | str | None = None  # seconds per unit, or the provider whose p50 is the floor
-    rival: str | None = None
+    rivals: Sequence[str] = ()  # ratios are to the fastest of them
     units: int = 1  # e.g. the nodes of the graph that one call replays
 
 
@@ -241,7 +248,8 @@ def rows_of(case: Case, prepared: Prepared, outcomes: Mapping[str, Outcome]) -> 
         for name, o in outcomes.items()
         if o.timing
     }
-    floor, rival = prepared.floor, prepared.rival
+    floor = prepared.floor
+    rival = min((name for name in prepared.rivals if name in timings), key=lambda name: timings[name].p50, default=None)
     floor_seconds = (timings[floor].p50 if floor in timings else None) if isinstance(floor, str) else floor
     rows = []
     for name, outcome in outcomes.items():

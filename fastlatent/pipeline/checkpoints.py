@@ -78,4 +78,7 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
 def remove_temporaries(run: Path) -> None:
     """Delete what a killed `save` left."""
     for left in run.glob(".tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from types import FrameType, TracebackType
 
 
 class StopRequest:
     """`with StopRequest() as stop: …; stop.check()` raises KeyboardInterrupt at check() if a stop was asked for.
 
-    A second Ctrl-C interrupts at once. Only for the main thread; the previous handlers come back at the end.
+    A second Ctrl-C interrupts at once. The previous handlers come back at the end. Outside the main thread, where no
+    handler can be set, nothing asks for a stop.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -19,7 +21,10 @@ class StopRequest:
         self.requested = False
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+        main = threading.current_thread() is threading.main_thread()
+        numbers = self.SIGNALS if main else ()
+        # None stands for a handler that was not set from Python.
+        self._previous = {number: signal.signal(number, self._request) or signal.SIG_DFL for number in numbers}
         return self
 
     def __exit__(
