@@ -26,14 +26,16 @@ HELD_OUT = 360  # of 1,797
 PER_CLASS = 10
 
 SIZE, LATENT_CHANNELS, DOWNSAMPLE = 8, 2, 2
+# Wider autoencoders learn the training images by heart: 32,64 channels reach 42 dB on them and 24 dB on held-out ones.
 COMMANDS = {
     "train_vae": f"train vae digits/train --out vae --size {SIZE} --channels 1 --latent-channels {LATENT_CHANNELS} "
-    "--block-out-channels 32,64 --layers-per-block 1 --norm-groups 8 --steps 2000 --batch-size 64 "
-    "--learning-rate 2e-3 --ema-decay 0.995 --kl-weight 1e-3 --l1-weight 0 --checkpoint-every 1000",
+    "--block-out-channels 16,32 --layers-per-block 1 --norm-groups 8 --steps 1200 --batch-size 64 "
+    "--learning-rate 2e-3 --ema-decay 0.995 --kl-weight 1e-4 --l1-weight 0 --checkpoint-every 600",
     "encode": f"encode digits/train --vae vae --out latents/train --size {SIZE}",
-    "train_ar": "train ar latents/train --out ar --hidden-size 192 --depth 6 --num-heads 6 --mlp-ratio 4 "
-    "--diffusion-depth 3 --steps 3000 --batch-size 64 --learning-rate 1e-3 --ema-decay 0.999 --checkpoint-every 1500",
-    "sample": f"sample ar --output samples.safetensors --no-decode --per-class {PER_CLASS} --cfg-scale 1.5",
+    "train_ar": "train ar latents/train --out ar --hidden-size 128 --depth 4 --num-heads 4 --mlp-ratio 4 "
+    "--diffusion-depth 2 --batch-mul 2 --steps 1200 --batch-size 64 --learning-rate 2e-3 --ema-decay 0.995 "
+    "--checkpoint-every 600",
+    "sample": f"sample ar --output samples.safetensors --no-decode --per-class {PER_CLASS} --cfg-scale 1.25",
     "decode": f"decode samples.safetensors --output samples --columns {PER_CLASS}",
 }
 # The held-out images through the autoencoder; part of no stage above.
