@@ -254,11 +254,9 @@ def _checked(origin: str, field: dataclasses.Field, hint: Any, value: Any) -> An
         return None
     if kind is tuple and isinstance(value, list):
         value = tuple(_parsed(int, v) if isinstance(v, str) else v for v in value)
-    if kind is tuple and isinstance(value, tuple) and value and all(type(v) is int for v in value):
-        return value
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is tuple and not (value and all(type(v) is int for v in value))):
         expected = "a list of whole numbers" if kind is tuple else kind.__name__
         raise ValueError(f"{where}: expected {expected}, got {value!r}")
     choices, minimum, maximum = (field.metadata[name] for name in ("choices", "minimum", "maximum"))

@@ -79,7 +79,7 @@ def test_refused(values, message):
         config.build(config.EncodeConfig, ENCODE | values, {})
 
 
-@pytest.mark.parametrize("value", [[], [1.5], ["8"], [True], 32, "32,64"])
+@pytest.mark.parametrize("value", [[], [1.5], ["1.5"], ["a"], [True], [[8]], 32, "", "8,x"])
 def test_lists_hold_whole_numbers(value):
     with pytest.raises(ValueError, match="block_out_channels: expected a list of whole numbers"):
         config.build(config.TrainVaeConfig, TRAIN_VAE | {"block_out_channels": value}, {})
@@ -119,13 +119,18 @@ def test_every_missing_setting_is_named_at_once():
         ("block_out_channels: [8, 16]", "block_out_channels", (8, 16)),
         ("block_out_channels:\n- 8\n- 16", "block_out_channels", (8, 16)),
         ("out: 12", "out", "12"),
-        ("mirror: yes", "mirror", True),
-        ("mirror: off", "mirror", False),
+        ("mirror: true", "mirror", True),
+        ("mirror: False", "mirror", False),
+        ("source: 007", "source", "007"),  # YAML 1.1: 7
+        ("source: 1.10", "source", "1.10"),
+        ("source: 2024-01-01", "source", "2024-01-01"),
+        ("source: yes", "source", "yes"),
     ],
 )
 def test_yaml_oddities(tmp_path, line, name, value):
     path = tmp_path / "settings.yaml"
-    path.write_text(f"source: images\n{'' if name == 'out' else 'out: run'}\n{line}\n")
+    rest = [f"{other}: x" for other in ("source", "out") if other != name]
+    path.write_text("\n".join([*rest, line]))
     got = getattr(config.build(config.TrainVaeConfig, config.read_yaml(str(path)), {}), name)
     assert (got, type(got)) == (value, type(value))
 
@@ -150,7 +155,6 @@ def test_empty_yaml_sets_nothing(tmp_path, text):
         (b"text\n", "expected a mapping of keys to values, got str"),
         (b"a: [1\n", "not YAML"),
         (b"a: \xff\n", "not YAML"),
-        (b"a: !!python/object/apply:os.getcwd []\n", "not YAML"),  # nothing is ever run
     ],
 )
 def test_bad_yaml(tmp_path, data, message):
@@ -159,6 +163,22 @@ def test_bad_yaml(tmp_path, data, message):
     with pytest.raises(ValueError, match=f"--config {path}: {message}") as caught:
         config.read_yaml(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_in_yaml_is_run(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"out: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")
+    with pytest.raises(ValueError, match="out: expected str"):
+        config.build(config.TrainVaeConfig, config.read_yaml(str(path)), {"source": "images"})
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("line", ["mirror: yes", "mirror: 1", "mirror: [true]", "mirror: ''"])
+def test_switches_are_true_or_false(tmp_path, line):
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"source: images\nout: run\n{line}\n")
+    with pytest.raises(ValueError, match="config file: mirror: expected bool"):
+        config.build(config.TrainVaeConfig, config.read_yaml(str(path)), {})
 
 
 def test_yaml_file_that_is_not_there(tmp_path):

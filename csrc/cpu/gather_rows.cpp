@@ -1,3 +1,4 @@
+// gather_rows: rows of many shards into one batch, by threads
 #include "../fastlatent.h"
 
 #include <algorithm>

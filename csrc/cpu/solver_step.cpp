@@ -1,3 +1,4 @@
+// solver_step: one solver step in place, every dtype by one template
 #include "../dtype.h"
 
 #include <algorithm>

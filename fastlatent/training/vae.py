@@ -56,5 +56,6 @@ class VaeObjective:
         pixels = self.loader.batch(0)[:PREVIEW_IMAGES]
         with torch.inference_mode():
             again = model.eval()(pixels).sample
-        rows = torch.cat([pixels, again]).numpy()
+        # Weights of a run that is about to diverge give NaN; the next step's loss tells, and must be reached.
+        rows = torch.cat([pixels, again]).nan_to_num().numpy()
         save_sheet(folder / "preview.png", to_uint8(rows), columns=len(pixels))

@@ -77,6 +77,9 @@ def read_latent_file(path: Path) -> LatentFile:
     if not latents.isfinite().all():
         raise ValueError(f"{path}: its latents hold NaN or infinity; sample again")
     try:
-        return LatentFile(**tensors, **json.loads(metadata["provenance"]))
+        read = LatentFile(**tensors, **json.loads(metadata["provenance"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its provenance is damaged: {error!r}; sample again") from None
+    if read.classes and not 0 <= int(labels.min()) <= int(labels.max()) < len(read.classes):
+        raise ValueError(f"{path}: expected labels from 0 to {len(read.classes) - 1} (its classes), got others")
+    return read

@@ -38,8 +38,7 @@ def sample(config: SampleConfig) -> None:
     model, checkpoint = load_checkpoint(config.checkpoint, DTYPES[config.dtype], device)
     labels = parse_labels(config.labels, checkpoint.num_classes).repeat_interleave(config.per_class)
     noise = _noise(config, checkpoint, len(labels))
-    # Before hours of sampling, not after: can the result be written, is there an autoencoder that fits?
-    (output if config.decode else output.parent).mkdir(parents=True, exist_ok=True)
+    # Before hours of sampling, not after: is there an autoencoder that fits, can the result be written?
     vae = None
     if config.decode:
         vae = load_matching_autoencoder(
@@ -54,6 +53,7 @@ def sample(config: SampleConfig) -> None:
     if solver == "auto":
         solver = "euler" if checkpoint.prediction_type == "flow" else "dpmsolver++"
     table = build_table(solver, config.num_inference_steps, checkpoint.prediction_type, checkpoint.beta_schedule)
+    (output if config.decode else output.parent).mkdir(parents=True, exist_ok=True)
     sampler = NextTokenSampler(model, table, cfg_scale=config.cfg_scale, compile=config.compile)
     batches = []
     with StopRequest() as stop, Progress("sample", len(labels) * checkpoint.num_tokens, "tokens") as progress:

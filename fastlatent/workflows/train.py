@@ -148,6 +148,10 @@ def _run(config: TrainConfig, data: Any) -> Iterator[torch.device]:
         previous = run / SETTINGS
         if previous.exists() and checkpoints(run):
             before = parse_json(read_bytes(previous), str(previous))
+            if not isinstance(before, dict):
+                raise ValueError(
+                    f"{previous}: expected a JSON object, got {before!r:.100}; delete it to resume unchecked"
+                )
             differences = [
                 f"{name}: {before.get(name)} (the run) != {value} (now)"
                 for name, value in now.items()

@@ -123,8 +123,7 @@ def tiff(values, *, bits, sample_format, photometric=1, order="<"):
     strip += b"\0" * (len(strip) % 2)
     # Kind 3 is a 16-bit value, left-justified in its four bytes; kind 4 has 32.
     entries = b"".join(
-        struct.pack(order + ("HHIHxx" if kind == 3 else "HHII"), tag, kind, 1, value)
-        for tag, kind, value in tags
+        struct.pack(order + ("HHIHxx" if kind == 3 else "HHII"), tag, kind, 1, value) for tag, kind, value in tags
     )
     header = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(strip))
     return header + strip + struct.pack(order + "H", len(tags)) + entries + b"\0\0\0\0"

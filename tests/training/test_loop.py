@@ -161,7 +161,7 @@ def test_learning_rate(settings, steps, warmup):
         else:
             want = 0.05 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
         assert learning_rate(chosen, step) == pytest.approx(want, rel=1e-12)
-        assert 0 < want <= 0.1
+        assert 0 < want <= 0.1 + 1e-15
 
 
 def test_the_rate_in_the_log_is_the_one_that_was_used(make_ar, settings, whole):
@@ -248,9 +248,10 @@ def test_mixed_precision_of_bf16(make, settings, tmp_path, whole):
     train(make(), tmp_path, settings(mixed_precision="bf16", steps=3), CPU)
     for name, tensor in newest(tmp_path).items():
         assert tensor.dtype == torch.float32, name
-    for line, full in zip(log(tmp_path)[:1], log(whole[make])[:1], strict=True):
-        assert line["loss"] != full["loss"]
-        assert line["loss"] == pytest.approx(full["loss"], rel=0.05)
+    # Not step 0: a new model's output is zero in every dtype.
+    line, full = log(tmp_path)[1], log(whole[make])[1]
+    assert line["loss"] != full["loss"]
+    assert line["loss"] == pytest.approx(full["loss"], rel=0.05)
 
 
 # --- the average ---

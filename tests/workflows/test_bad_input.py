@@ -208,7 +208,10 @@ def test_output_inside_the_source(chain, images, command):
 
 
 def test_sizes_that_do_not_fit(chain, tmp_path):
-    assert "--size 9: this autoencoder needs a multiple of 2" in encode(chain, chain.images, tmp_path / "o", "--size 9").message
+    assert (
+        "--size 9: this autoencoder needs a multiple of 2"
+        in encode(chain, chain.images, tmp_path / "o", "--size 9").message
+    )
     assert "--size 9: 2 levels in --block-out-channels need" in train_vae(chain, tmp_path / "o", "--size 9").message
     assert "--channels: expected 1 (grey) or 3" in train_vae(chain, tmp_path / "o", "--channels 2").message
     assert "--norm-groups 3 must divide" in train_vae(chain, tmp_path / "o", "--norm-groups 3").message
@@ -272,7 +275,7 @@ def test_large_seeds(chain, tmp_path, seed):
         ({"diffusion_depth": 2}, "lacks 'diffusion_blocks.1.*' and . more weights"),
         ({"prediction_type": "x0"}, "expected prediction_type epsilon, v_prediction, flow, got 'x0'"),
         ({"beta_schedule": "squared"}, "expected a schedule of cosine, linear, scaled_linear, got 'squared'"),
-        ({"latents_mean": [0.0]}, "expected 2 values in latents_mean"),
+        ({"latents_mean": [0.0]}, "expected latents_mean to be"),
         ({"latents_mean": "0"}, "latents_mean"),
         ({"latents_mean": [0, "1"]}, "latents_mean"),
         ({"latents_std": [1, NAN]}, "latents_std"),
@@ -328,9 +331,7 @@ def test_damaged_and_missing_weights(chain, tmp_path):
 
 
 def test_weights_with_nan(chain, tmp_path):
-    checkpoint = changed_weights(
-        chain, tmp_path / "checkpoint", lambda state: {k: v * NAN for k, v in state.items()}
-    )
+    checkpoint = changed_weights(chain, tmp_path / "checkpoint", lambda state: {k: v * NAN for k, v in state.items()})
     assert "2 of 2 samples are not finite" in chain.sample(checkpoint, tmp_path / "out").message
     assert not (tmp_path / "out" / "latents.safetensors").exists()
 
@@ -430,7 +431,10 @@ def test_another_autoencoder_into_a_dataset(chain, tmp_path):
     assert "encode into another folder" in message
     message = encode(chain, chain.images, latents, "--size 16").message
     assert "transform.size: 8 (dataset) != 16 (now)" in message
-    assert "storage_dtype: float16 (dataset) != float32 (now)" in encode(chain, chain.images, latents, "--dtype float32").message
+    assert (
+        "storage_dtype: float16 (dataset) != float32 (now)"
+        in encode(chain, chain.images, latents, "--dtype float32").message
+    )
     assert "mirror: false (dataset) != true (now)" in encode(chain, chain.images, latents, "--mirror").message
     assert chain.contents(latents) == before
 
@@ -475,7 +479,9 @@ def test_an_autoencoder_with_nan(chain, tmp_path):
     assert "expected at least one file that can be encoded, got 0 of 8" in message
     assert "its latent holds NaN or infinity" in message
     assert not (tmp_path / "d" / "dataset.json").exists()
-    message = chain.command("decode --threads 1 --allow-other-vae --output", tmp_path / "o", "--vae", vae, chain.latents).message
+    message = chain.command(
+        "decode --threads 1 --allow-other-vae --output", tmp_path / "o", "--vae", vae, chain.latents
+    ).message
     assert "NaN" in message
 
 
@@ -582,11 +588,11 @@ def test_resume_as_another_kind_of_run(chain, tmp_path):
     assert chain.contents(run) == before
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "- a\n", "\0"])
-def test_resume_with_a_damaged_config(chain, tmp_path, text):
+@pytest.mark.parametrize("text", ["", "{", "[]", '"text"', "\0"])
+def test_resume_with_damaged_settings(chain, tmp_path, text):
     run = chain.copy("ar", tmp_path / "ar")
-    (run / "train.yaml").write_text(text)
-    assert "train.yaml" in train_ar(chain, run).message
+    (run / ".settings.json").write_text(text)
+    assert ".settings.json" in train_ar(chain, run).message
 
 
 def test_resume_from_a_damaged_checkpoint(chain, tmp_path):
@@ -600,9 +606,10 @@ def test_resume_from_a_damaged_checkpoint(chain, tmp_path):
     assert str(state) in train_ar(chain, run).message
     state.write_bytes(data)
     assert train_ar(chain, run).code == 0
-    assert chain.contents(run)["checkpoint-000004/model.safetensors"] == (
-        checkpoints(chain.ar)[-1] / "model.safetensors"
-    ).read_bytes()
+    assert (
+        chain.contents(run)["checkpoint-000004/model.safetensors"]
+        == (checkpoints(chain.ar)[-1] / "model.safetensors").read_bytes()
+    )
 
 
 def test_resume_on_another_dataset(chain, images, tmp_path):
@@ -613,7 +620,7 @@ def test_resume_on_another_dataset(chain, images, tmp_path):
     chain.image(99).save(images / "ant" / "new.png")
     assert encode(chain, images, latents).code == 0
     before = chain.contents(tmp_path / "ar")
-    assert str(latents) in train_ar(chain, tmp_path / "ar", latents=latents).message
+    assert "\n  data: " in train_ar(chain, tmp_path / "ar", latents=latents).message
     assert chain.contents(tmp_path / "ar") == before
 
 
@@ -732,8 +739,7 @@ def test_no_room_for_an_image(chain, tmp_path, monkeypatch):
 def test_training_that_diverges(chain, tmp_path):
     more = "--steps 30 --learning-rate 1e30 --warmup-steps 0 --checkpoint-every 1 --keep-checkpoints 3"
     message = train_ar(chain, tmp_path / "ar", more).message
-    assert "the loss became " in message
-    assert " at step " in message
+    assert "loss became nan at step 1" in message
     assert "--learning-rate" in message
     assert "--out" in message  # in this folder another rate is refused
     kept = checkpoints(tmp_path / "ar")

@@ -63,9 +63,7 @@ def test_what_the_chain_leaves(chain):
     assert config.vae["path"] == str(chain.vae)
 
 
-@pytest.mark.parametrize(
-    ("run", "command"), [("vae", "train vae"), ("latents", "encode"), ("ar", "train ar")]
-)
+@pytest.mark.parametrize(("run", "command"), [("vae", "train vae"), ("latents", "encode"), ("ar", "train ar")])
 def test_the_kept_config_gives_the_same_command(chain, run, command):
     # Everything is done, so running it again from its own config is no work.
     folder = getattr(chain, run)

@@ -1,0 +1,114 @@
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastlatent import _native
+from fastlatent.workflows import doctor as module
+
+
+def test_reports_what_is_here(chain):
+    out = chain.ok("doctor").out
+    for name in ("torch", "diffusers", "safetensors", "pillow"):
+        assert importlib.metadata.version(name) in next(line for line in out.splitlines() if f"  {name} " in line)
+    assert "libfastlatent_cpu.so: gather_rows, solver_step" in out
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert f"decode   autoencoder in eager torch on {device}" in out
+    for command in ("encode", "train", "sample", "decode"):
+        assert f"\n  {command} " in out
+
+
+def test_every_function_of_the_library_is_named(chain):
+    # Its list is written by hand.
+    library = next(line for line in chain.ok("doctor").out.splitlines() if "libfastlatent_cpu.so" in line)
+    header = next(path for root in map(os.fspath, sys.modules["fastlatent"].__path__)
+                  if os.path.exists(path := os.path.join(root, "lib", "fastlatent.h")))  # fmt: skip
+    import re
+
+    with open(header) as file:
+        names = set(re.findall(r"fastlatent_(\w+)_cpu\(", file.read()))
+    assert {name.strip() for name in library.split(":", 1)[1].split(",")} == names
+
+
+def test_a_missing_library_is_an_error_with_a_remedy(chain, monkeypatch):
+    monkeypatch.setattr(_native, "load", lambda backend: None)
+    done = chain.command("doctor")
+    assert done.code == 1
+    assert "compiled library   missing" in done.out
+    assert "remedy: build it: pip install ." in done.out
+
+
+def test_a_library_that_does_not_load(chain, monkeypatch):
+    def fail(backend):
+        raise OSError("wrong ELF class")
+
+    monkeypatch.setattr(_native, "load", fail)
+    done = chain.command("doctor")
+    assert done.code == 1
+    assert "does not load: wrong ELF class" in done.out
+
+
+@pytest.mark.parametrize(
+    ("version", "ok"), [("2.11.0", True), ("2.13.0+cpu", True), ("3.0.0a1", True), ("2.9.1", False)]
+)
+def test_torch_versions(monkeypatch, version, ok):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert (module._torch().remedy == "") == ok
+
+
+@pytest.mark.parametrize(
+    ("body", "state", "remedy"),
+    [
+        (None, "not installed", "pip install broken-package"),
+        ("raise RuntimeError('no driver')", "installed but does not import: RuntimeError: no driver", "reinstall"),
+        ("import nothing_like_this", "installed but does not import: No module named 'nothing_like_this'", "reinstall"),
+        ("", "present", ""),
+    ],
+)
+def test_packages_absent_broken_and_whole(monkeypatch, tmp_path, body, state, remedy):
+    if body is not None:
+        (tmp_path / "broken_package.py").write_text(body)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        found = module._package("broken_package", "broken-package")
+    finally:
+        sys.modules.pop("broken_package", None)
+    assert found.state.startswith(state)
+    assert found.remedy.startswith(remedy)
+
+
+def test_optional_packages_do_not_fail_it(chain, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # import raises ModuleNotFoundError
+    done = chain.command("doctor")
+    assert done.code == 0
+    assert "remedy: pip install triton" in done.out
+
+
+def test_needed_packages_do(chain, monkeypatch):
+    original = module._package
+
+    def package(name, *rest, **options):
+        return (
+            module.Finding(name, "not installed", "pip install x")
+            if name == "diffusers"
+            else original(name, *rest, **options)
+        )
+
+    monkeypatch.setattr(module, "_package", package)
+    assert chain.command("doctor").code == 1
+
+
+def test_the_probe_of_libstdcxx_runs_apart(monkeypatch):
+    # Loading a library into this process to look at it would keep it here.
+    calls = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda *a, **k: calls.append(a) or subprocess.CompletedProcess(a, 0, "False\n")
+    )
+    monkeypatch.setattr(module.ctypes.util, "find_library", lambda name: "libstdc++.so.6")
+    found = module._libstdcxx()
+    assert "older than GLIBCXX_3.4.29" in found.state
+    assert found.remedy
+    assert len(calls) == 1

@@ -1,0 +1,83 @@
+"""A real Ctrl-C, sent to a real process."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+from fastlatent.pipeline.checkpoints import checkpoints
+from fastlatent.store.reader import Dataset
+
+
+def start(line, *more):
+    command = [sys.executable, "-u", "-m", "fastlatent", *line.split(), *map(str, more)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def interrupted(process):
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "SIGINT: stopping after this step; again: at once" in err
+    assert err.strip().splitlines()[-1].endswith("interrupted; rerun the same command to go on")
+    assert "Traceback" not in err
+    return out
+
+
+def log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_train_goes_on_after_ctrl_c(chain, tmp_path):
+    line = chain.train_ar.replace("--steps 4", "--steps 100000").replace(
+        "--checkpoint-every 2", "--checkpoint-every 50000"
+    )
+    process = start(f"train ar {line} --out", tmp_path / "ar", chain.latents)
+    wait_until(
+        lambda: (tmp_path / "ar" / "log.jsonl").exists() and (tmp_path / "ar" / "log.jsonl").stat().st_size, process
+    )
+    interrupted(process)
+    (kept,) = checkpoints(tmp_path / "ar")
+    steps = [entry["step"] for entry in log(tmp_path / "ar")]
+    assert steps == list(range(int(kept.name[-6:])))
+    # It can be sampled, and resumed: one more step, which is the one that follows.
+    assert chain.sample(tmp_path / "ar", tmp_path / "s.safetensors", "--no-decode").code == 0
+    before = (tmp_path / "ar" / "log.jsonl").read_text()
+    process = start(f"train ar {line} --out", tmp_path / "ar", chain.latents)
+    wait_until(lambda: (tmp_path / "ar" / "log.jsonl").stat().st_size > len(before), process)
+    assert f"resuming from step {len(steps):,}" in interrupted(process)
+    assert (tmp_path / "ar" / "log.jsonl").read_text().startswith(before)
+
+
+def test_encode_goes_on_after_ctrl_c(chain, tmp_path):
+    images = tmp_path / "images" / "class"
+    images.mkdir(parents=True)
+    for i in range(400):
+        chain.image(i).save(images / f"{i:03d}.png")
+    line = f"encode --size 8 --batch-size 1 --unit-rows 5 --threads 1 --vae {chain.vae}"
+    chain.ok(line, "--out", tmp_path / "whole", tmp_path / "images")
+    process = start(line, "--out", tmp_path / "cut", tmp_path / "images")
+    wait_until(lambda: len(list((tmp_path / "cut" / "shards").rglob("*.safetensors"))) >= 2, process)
+    interrupted(process)
+    assert not (tmp_path / "cut" / "dataset.json").exists()
+    done = len(list((tmp_path / "cut" / "shards").rglob("*.safetensors")))
+    assert 2 <= done < 80
+    assert "unfinished encode" in chain.ok("inspect", tmp_path / "cut").out
+    again = chain.ok(line, "--out", tmp_path / "cut", tmp_path / "images")
+    encoded = int(again.out.rsplit("; ", 1)[1].split(" files encoded now")[0])
+    assert encoded <= 400 - 5 * done  # what was finished is not done again
+    assert len(Dataset.open(tmp_path / "cut")) == 400
+    # The same files with the same bytes as if nothing had happened; encode.yaml says where it went.
+    one, other = (
+        {k: v for k, v in chain.contents(tmp_path / name).items() if k != "encode.yaml"} for name in ("whole", "cut")
+    )
+    assert one == other
