@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import os
+
     from fastlatent import ops
     from fastlatent.data.latents import LatentDataset, LatentLoader
     from fastlatent.diffusion.solvers import SolverTable
@@ -22,16 +24,20 @@ _HOME = {
 }
 
 
-def encode(source: str, vae: str, out: str, **settings: Any) -> EncodeReport:
+def encode(
+    source: str | os.PathLike[str], vae: str | os.PathLike[str], out: str | os.PathLike[str], **settings: Any
+) -> EncodeReport:
     """Encode a folder of images into a latent dataset; `settings` are the other fields of config.EncodeConfig.
 
     Raises:
         ValueError: a setting is unknown or wrong, or the source, autoencoder or dataset folder cannot be used so.
     """
+    from os import fspath
+
     from fastlatent.config import EncodeConfig, build
     from fastlatent.workflows.encode import encode as run
 
-    return run(build(EncodeConfig, {}, {"source": source, "vae": vae, "out": out, **settings}))
+    return run(build(EncodeConfig, {}, {"source": fspath(source), "vae": fspath(vae), "out": fspath(out), **settings}))
 
 
 def __getattr__(name: str) -> Any:

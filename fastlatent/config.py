@@ -256,7 +256,8 @@ def _checked(origin: str, field: dataclasses.Field, hint: Any, value: Any) -> An
         value = tuple(_parsed(int, v) if isinstance(v, str) else v for v in value)
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or (kind is tuple and not (value and all(type(v) is int for v in value))):
+    whole_numbers = isinstance(value, tuple) and value and all(type(v) is int for v in value)
+    if type(value) is not kind or (kind is tuple and not whole_numbers):
         expected = "a list of whole numbers" if kind is tuple else kind.__name__
         raise ValueError(f"{where}: expected {expected}, got {value!r}")
     choices, minimum, maximum = (field.metadata[name] for name in ("choices", "minimum", "maximum"))

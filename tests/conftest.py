@@ -17,3 +17,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("soak") and os.environ.get("FASTLATENT_SOAK") != "1":
             item.add_marker(pytest.mark.skip(reason="full counts run in `make soak`"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """`make soak` leaves a row for every test that only it runs."""
+    report = yield
+    if call.when == "call" and item.get_closest_marker("soak"):
+        import harness
+        import rows
+
+        seconds = call.duration
+        timing = harness.Timing(seconds, seconds, seconds, 1) if report.passed else None
+        outcome = harness.Outcome("ok" if report.passed else "error", None if report.passed else "failed", timing)
+        case = rows.Case("soak", {"test": item.nodeid}, "none", "cpu", ("pytest",))
+        rows.append(rows.results_path(), harness.row(case, "pytest", outcome))
+    return report

@@ -147,13 +147,13 @@ def test_digest():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: edit_weights(path, lambda s: {k: v for k, v in s.items() if k != "quant_conv.bias"}), "missing_keys"),
+        (lambda path: edit_weights(path, lambda s: {k: s[k] for k in s if k != "quant_conv.bias"}), "missing_keys"),
         (lambda path: edit_weights(path, lambda s: s | {"more": torch.zeros(1)}), "unexpected_keys"),
         (lambda path: edit_weights(path, lambda s: s | {"quant_conv.bias": torch.zeros(9)}), "quant_conv.bias"),
         (lambda path: edit_config(path, latent_channels=3), "does not"),
         (lambda path: edit_config(path, block_out_channels=[8, 8, 8]), "does not"),
         (lambda path: edit_config(path, norm_num_groups=3), "does not load"),
-        (lambda path: edit_config(path, _class_name="VQModel"), "expected .* of an AutoencoderKL, got _class_name 'VQModel'"),
+        (lambda path: edit_config(path, _class_name="VQModel"), "got _class_name 'VQModel'"),
         (lambda path: edit_config(path, _class_name="remove"), "got _class_name None"),
         (lambda path: (path / "config.json").write_text("[]"), "got _class_name None"),
         (lambda path: (path / "config.json").write_text("{"), "config.json is not JSON"),

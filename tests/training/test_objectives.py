@@ -42,17 +42,17 @@ def plain_loss(model, latents, labels, *, prediction_type, batch_mul, dropout, s
     conditions = plain_latentlm.conditions(state, sizes, latents[:, :-1], labels)
     alphas_cumprod = plain_latentlm.cosine_alphas_cumprod()
     total = 0.0
-    for copy in range(len(noise)):
-        row = copy // batch_mul
+    for one in range(len(noise)):
+        row = one // batch_mul
         for n in range(latents.shape[1]):
-            clean, e = latents[row, n], noise[copy, n].double()
+            clean, e = latents[row, n], noise[one, n].double()
             if prediction_type == "flow":
-                time = float(t[copy, n])
+                time = float(t[one, n])
                 alpha, sigma, t_model = 1 - time, time, 1000 * time
                 wanted = e - clean
             else:
-                alpha_bar = alphas_cumprod[int(t[copy, n])]
-                alpha, sigma, t_model = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), int(t[copy, n])
+                alpha_bar = alphas_cumprod[int(t[one, n])]
+                alpha, sigma, t_model = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), int(t[one, n])
                 wanted = e if prediction_type == "epsilon" else alpha * e - sigma * clean
             x = (alpha * clean + sigma * e)[None]
             got = plain_latentlm.head(state, sizes, x, t_model, conditions[row, n][None])[0]

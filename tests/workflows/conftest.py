@@ -1,4 +1,4 @@
-"""One tiny chain for all tests of the commands: images, autoencoder, latents, Transformer. Made once, copied to change."""
+"""One tiny chain for all tests of the commands: images, autoencoder, latents, Transformer. Made once, then copied."""
 
 import contextlib
 import io
@@ -15,8 +15,8 @@ from fastlatent.cli import main
 VAE_SIZES = "--size 8 --latent-channels 2 --block-out-channels 8,8 --layers-per-block 1 --norm-groups 4"
 AR_SIZES = "--hidden-size 64 --depth 1 --num-heads 2 --mlp-ratio 2 --diffusion-depth 1"
 TRAIN_VAE = f"{VAE_SIZES} --steps 3 --batch-size 4 --warmup-steps 1 --checkpoint-every 2 --threads 1"
-# 3 rows a shard: more than one shard, the last one short.
-ENCODE = "--size 8 --batch-size 4 --unit-rows 3 --threads 1"
+# 3 rows a shard, 2 a batch: several shards, the last one short; a full batch and a padded one.
+ENCODE = "--size 8 --batch-size 2 --unit-rows 3 --threads 1"
 TRAIN_AR = f"{AR_SIZES} --steps 4 --batch-size 4 --warmup-steps 1 --learning-rate 1e-2 --checkpoint-every 2 --threads 1"
 
 

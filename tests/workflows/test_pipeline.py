@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import plain_latentlm
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import fastlatent
 from fastlatent.models.checkpoint import read_config
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.store.reader import Dataset
@@ -77,7 +79,7 @@ def test_encode_equals_a_plain_loop(chain, tmp_path, dtype):
     chain.ok(f"encode {chain.encode} --mirror --dtype {dtype} --out", tmp_path / "d", "--vae", chain.vae, chain.images)
     got = moments(tmp_path / "d")
     assert len(got) == 8
-    # Half a last place of the stored dtype, and batches of 4 instead of 1 in float32.
+    # Half a last place of the stored dtype, and batches of 2 instead of 1 in float32.
     tolerance = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 0}[dtype]
     for key, rows in got.items():
         pixels = plain_pixels(chain.images / key)
@@ -97,6 +99,18 @@ def test_encode_again_is_no_work(chain, tmp_path):
     ours = {name: data for name, data in chain.contents(chain.latents).items() if name != "encode.yaml"}
     assert theirs == ours
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_encode_from_python(chain, tmp_path):
+    # In a thread, as a notebook server would; paths as Path and as text.
+    settings = {"size": 8, "batch_size": 2, "unit_rows": 3, "threads": 1}
+    with ThreadPoolExecutor(1) as pool:
+        report = pool.submit(fastlatent.encode, chain.images, str(chain.vae), tmp_path / "d", **settings).result()
+    assert (report.rows, report.encoded, report.shards, report.quarantined) == (8, 8, 3, {})
+    got, want = moments(tmp_path / "d"), moments(chain.latents)
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    with pytest.raises(ValueError, match="unknown key 'sizes'; did you mean 'size'"):
+        fastlatent.encode(chain.images, chain.vae, tmp_path / "d", sizes=8)
 
 
 def test_adding_editing_and_removing_files(chain, tmp_path):
