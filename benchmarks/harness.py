@@ -11,6 +11,7 @@ A benchmark file is a list of `Case`s, a `prepare(case)` that yields `Prepared` 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import signal
@@ -160,6 +161,8 @@ def interleave(
             any other exception "error"; the rest go on.
         min_seconds: per provider, as in `measure`.
     """
+    # Imported ahead: an alarm in the middle of this import would leave torch.compile broken for the whole process.
+    importlib.import_module("torch._inductor.compile_fx")
     outcomes: dict[str, Outcome] = {}
     ready: dict[str, tuple[Callable[[], object], int]] = {}
     for name, factory in providers.items():

@@ -41,7 +41,7 @@ def prepare_sleeps(case):
         "fast": lambda: lambda: time.sleep(0.002),
         "absent": absent,
     }
-    yield harness.Prepared(providers, bytes=1000, flops=2000, floor=0.001, rival="slow", units=2)
+    yield harness.Prepared(providers, bytes=1000, flops=2000, floor=0.001, rivals=("slow",), units=2)
 
 
 def test_main_writes_one_row_per_provider(harness, case, tmp_path, monkeypatch):
