@@ -57,7 +57,7 @@ def gather_rows(
         shard_index: int64 [N], each in [0, number of shards).
         row_index: int64 [N], each in [0, rows of its shard).
         out: contiguous CPU tensor [N, ...] of the shards' dtype and row shape; may be pinned.
-        threads: how many threads copy; keep 1 where several loaders already run beside each other.
+        threads: how many threads copy at most, 4 MiB each at least; keep 1 where several loaders run beside each other.
 
     Raises:
         ValueError: a tensor's shape, dtype, device or layout is not as above, or an index is out of range
