@@ -40,8 +40,8 @@ def call(backend: str, function: str, *args: int | None) -> None:
     library = load(backend)
     if library is None:
         raise RuntimeError(
-            f"{function}: libfastlatent_{backend}.so is not beside the package; rebuild with `pip install .` "
-            "(or `make build` in a checkout), and see `fastlatent doctor`"
+            f"{function}: libfastlatent_{backend}.so is not beside the package; build it with `pip install .`, "
+            "and see `fastlatent doctor`"
         )
     code = getattr(library, f"fastlatent_{function}_{backend}")(*args)
     if code:

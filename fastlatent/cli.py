@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run(resolved)
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        print(f"fastlatent {command}: interrupted; rerun the same command to go on", file=sys.stderr)
+        then = "go on" if command.startswith(("encode", "train")) else "start over"
+        print(f"fastlatent {command}: interrupted; rerun the same command to {then}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing to tell it, and flushing at exit must not raise.
@@ -75,7 +76,9 @@ def _expected(error: Exception) -> bool:
     """Whether this is about the user's input or machine, so that its message is enough; else it is our mistake."""
     from safetensors import SafetensorError  # raised by a full disk too
 
-    out_of_memory = isinstance(error, RuntimeError) and "memory" in str(error)
+    out_of_memory = isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("out of memory", "allocate memory")
+    )
     return isinstance(error, (ValueError, OSError, MemoryError, SafetensorError)) or out_of_memory
 
 
@@ -91,7 +94,7 @@ def _unknown(argument: str, cls: type) -> str:
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}; what was on disk before is unchanged"
+        return f"{error.strerror}{where}"
     if isinstance(error, (MemoryError, RuntimeError)):
         return f"out of memory ({str(error).splitlines()[0] if str(error) else 'host'}); try a smaller --batch-size"
     return str(error) or type(error).__name__

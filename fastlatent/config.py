@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -257,6 +258,8 @@ def _checked(origin: str, field: dataclasses.Field, hint: Any, value: Any) -> An
     if kind is float and type(value) is int:
         value = float(value)
     whole_numbers = isinstance(value, tuple) and value and all(type(v) is int for v in value)
+    if kind is float and type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a finite number, got {value}")
     if type(value) is not kind or (kind is tuple and not whole_numbers):
         expected = "a list of whole numbers" if kind is tuple else kind.__name__
         raise ValueError(f"{where}: expected {expected}, got {value!r}")

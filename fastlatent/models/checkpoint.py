@@ -57,9 +57,13 @@ class CheckpointConfig(TransformerConfig):
                 )
             if name == "latents_std" and min(values) <= 0:
                 raise ValueError(f"config: expected latents_std above 0, got {value!r}")
-        if not isinstance(self.vae, (dict, type(None))):
-            raise ValueError(f"config: expected vae to be an object or null, got {self.vae!r}")
-        if len(self.classes) not in (0, self.num_classes) or not all(isinstance(name, str) for name in self.classes):
+        if self.vae is not None and not (isinstance(self.vae, dict) and isinstance(self.vae.get("path", ""), str)):
+            raise ValueError(f"config: expected vae to be an object with a path, or null, got {self.vae!r}")
+        if (
+            not isinstance(self.classes, list)
+            or len(self.classes) not in (0, self.num_classes)
+            or not all(isinstance(name, str) for name in self.classes)
+        ):
             raise ValueError(f"config: expected {self.num_classes} names in classes (num_classes), or none")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -54,7 +55,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for field in fields(TransformerConfig):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"config: expected {field.name} to be a positive number, got {value!r}")
             if field.type == "int" and not isinstance(value, int):
                 raise ValueError(f"config: expected {field.name} to be a whole number, got {value!r}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 
@@ -41,8 +41,5 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print(
-            f"\n{signal.Signals(number).name}: stopping after this step; again: at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        # Not print: a handler that runs inside a write to stderr must not write to it again.
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step; again: at once\n".encode())

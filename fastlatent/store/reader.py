@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +169,8 @@ class Dataset:
 class BuildState:
     """How far an encode is: of the plan of the coming generation, or zeros while files are being read.
 
-    `bytes` are those of the finished shards; `writer` is "pid N on HOST", None where the encode was
-    interrupted.
+    `bytes` and `statistics` are those of the finished shards (None where there is none); `shapes` are those of the
+    rows, [F, 2C, H, W]; `writer` is "pid N on HOST", None where the encode was interrupted.
     """
 
     planned_units: int
@@ -178,6 +179,8 @@ class BuildState:
     done_rows: int
     quarantined: int
     bytes: int
+    shapes: list[tuple[int, ...]]
+    statistics: Statistics | None
     writer: str | None
     last_generation: int | None
 
@@ -199,6 +202,7 @@ def build_state(path: Path | str) -> BuildState | None:
         return None
     journal = read_journals(path, coming)
     done = [journal[unit.id] for unit in units if unit.id in journal]
+    parts = [committed.shard.statistics for committed in done if committed.shard]
     return BuildState(
         planned_units=len(units),
         done_units=len(done),
@@ -206,6 +210,8 @@ def build_state(path: Path | str) -> BuildState | None:
         done_rows=sum(committed.shard.rows for committed in done if committed.shard),
         quarantined=sum(len(committed.quarantined) for committed in done),
         bytes=sum(committed.shard.bytes for committed in done if committed.shard),
+        shapes=sorted({unit.bucket for unit in units}),
+        statistics=functools.reduce(Statistics.merge, parts) if parts else None,
         writer=writer,
         last_generation=last,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,35 +39,39 @@ def decode(config: DecodeConfig) -> None:
         )
     made_by: dict[str, Any] | None
     if path.is_dir():
-        latents, names, made_by = dataset_means(path, config.limit)
+        dataset = LatentDataset(path)
+        made_by = autoencoder_record(dataset.store.provenance)
+        names = [dataset.store.key(i) for i in range(min(len(dataset), config.limit or len(dataset)))]
+        channels = dataset.store.buckets[0].shape[1] // 2
+        read: Callable[[int, int], Tensor] = functools.partial(dataset_means, dataset)
     else:
         file = read_latent_file(path)
         latents, made_by = file.raw(), file.vae
-        names = [file.classes[label] if file.classes else str(label) for label in file.labels.tolist()]
-    if config.limit:
-        latents, names = latents[: config.limit], names[: config.limit]
+        names = file.names()[: config.limit or len(latents)]
+        channels = latents.shape[1]
+        read = functools.partial(rows_of, latents)
     vae = load_matching_autoencoder(
-        config.vae,
-        made_by,
-        latents.shape[1],
-        device,
-        DTYPES[config.dtype],
-        allow_other=config.allow_other_vae,
+        config.vae, made_by, channels, device, DTYPES[config.dtype], allow_other=config.allow_other_vae
     )
     output.mkdir(parents=True, exist_ok=True)
     keep_config(output / "decode.yaml", config)
-    decode_to_folder(latents, vae, output, names=names, batch_size=config.batch_size, columns=config.columns)
+    decode_to_folder(read, vae, output, names=names, batch_size=config.batch_size, columns=config.columns)
 
 
-def dataset_means(path: Path, limit: int) -> tuple[Tensor, list[str], dict[str, Any]]:
-    """Posterior means float32 [N, C, h, w] of a dataset's first rows, their keys, and the autoencoder's record."""
-    dataset = LatentDataset(path)
-    count = min(len(dataset), limit or len(dataset))
-    moments = dataset.gather(np.arange(count))["moments"]
-    provenance = dataset.store.provenance
-    made_by = {**provenance["hashed"]["vae"], "path": provenance["informational"]["vae_path"]}
-    keys = [dataset.store.key(i) for i in range(count)]
-    return moments[:, 0].float().chunk(2, dim=1)[0], keys, made_by
+def dataset_means(dataset: LatentDataset, begin: int, end: int) -> Tensor:
+    """Posterior means float32 [end − begin, C, h, w] of a dataset's rows, not mirrored."""
+    moments = dataset.gather(np.arange(begin, end))["moments"]
+    return moments[:, 0].float().chunk(2, dim=1)[0]
+
+
+def rows_of(latents: Tensor, begin: int, end: int) -> Tensor:
+    """What decode_to_folder reads where all latents are in memory."""
+    return latents[begin:end]
+
+
+def autoencoder_record(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Identity and path of the autoencoder that made a dataset, from its provenance."""
+    return {**provenance["hashed"]["vae"], "path": provenance["informational"]["vae_path"]}
 
 
 def load_matching_autoencoder(
@@ -106,18 +112,28 @@ def load_matching_autoencoder(
 
 
 def decode_to_folder(
-    latents: Tensor, vae: Autoencoder, output: Path, *, names: list[str], batch_size: int, columns: int
+    read: Callable[[int, int], Tensor],
+    vae: Autoencoder,
+    output: Path,
+    *,
+    names: list[str],
+    batch_size: int,
+    columns: int,
 ) -> None:
-    """Write images/NNNNNN.png, images.jsonl (which is which) and sheet.png. latents: raw [N, C, h, w]."""
-    folder, listing = output / "images", output / "images.jsonl"
-    old = [json.loads(line)["file"] for line in listing.read_text().splitlines()] if listing.exists() else []
+    """Write images/NNNNNN.png, images.jsonl (which is which) and sheet.png.
+
+    Args:
+        read: read(begin, end) gives raw latents [end − begin, C, h, w]; one batch at a time is in memory.
+        names: one for each latent.
+    """
+    folder = output / "images"
     folder.mkdir(parents=True, exist_ok=True)
     sheet: list[np.ndarray] = []
     lines: list[str] = []
-    with StopRequest() as stop, Progress("decode", len(latents), "images") as progress:
-        for begin in range(0, len(latents), batch_size):
+    with StopRequest() as stop, Progress("decode", len(names), "images") as progress:
+        for begin in range(0, len(names), batch_size):
             stop.check()
-            pixels = vae.decode(latents[begin : begin + batch_size]).cpu()
+            pixels = vae.decode(read(begin, min(begin + batch_size, len(names)))).cpu()
             if not pixels.isfinite().all():
                 raise ValueError(
                     f"decoding rows {begin} to {begin + len(pixels) - 1} gave NaN or infinity; try --dtype float32"
@@ -128,8 +144,10 @@ def decode_to_folder(
                 lines.append(json.dumps({"file": f"images/{i:06d}.png", "name": names[i]}) + "\n")
             sheet += list(images)[: max(0, SHEET_IMAGES - len(sheet))]
             progress.advance(len(images))
-    write_atomic(listing, "".join(lines).encode())
-    for name in old[len(latents) :]:  # of an earlier, longer list
-        (output / name).unlink(missing_ok=True)
+    write_atomic(output / "images.jsonl", "".join(lines).encode())
+    stale = len(names)  # images of an earlier, longer list
+    while (folder / f"{stale:06d}.png").exists():
+        (folder / f"{stale:06d}.png").unlink()
+        stale += 1
     save_sheet(output / "sheet.png", np.stack(sheet), columns=columns)
-    print(f"{output}: {len(latents)} images, sheet.png")
+    print(f"{output}: {len(names)} images, sheet.png")

@@ -25,18 +25,17 @@ class Finding:
 
 def doctor(config: DoctorConfig) -> int:
     """Print the report. Returns 1 where something that every command needs is missing."""
-    needed = [_library(), _torch(), _package("diffusers"), _package("safetensors"), _package("PIL", "pillow")]
-    import torch
-
-    cuda = torch.cuda.is_available()
+    torch = _torch()
+    packages = [_package("diffusers"), _package("safetensors"), _package("PIL", "pillow"), _codecs()]
+    needed = [_library(), torch, *packages]
+    cuda = _cuda() if not torch.remedy else None
     optional = [
-        _cuda(),
+        *([cuda] if cuda else []),
         _package("triton", remedy="pip install triton (comes with CUDA builds of torch)"),
         _package("flash_attn", "flash-attn", remedy="pip install --no-build-isolation flash-attn (needs nvcc)"),
         _package("nvidia.dali", "nvidia-dali-cuda130", remedy="pip install 'fastlatent[gpu]'"),
         _package("tensorrt", remedy="pip install tensorrt-cu13"),
         _package("nvidia.nvimgcodec", "nvidia-nvimgcodec-cu13", remedy="pip install 'nvidia-nvimgcodec-cu13[all]'"),
-        _codecs(),
         _libstdcxx(),
     ]
     print(f"fastlatent {__version__}, Python {platform.python_version()}, {platform.platform()}")
@@ -46,8 +45,8 @@ def doctor(config: DoctorConfig) -> int:
             print(f"  {finding.name:<18} {finding.state}")
             if finding.remedy:
                 print(f"  {'':<18}   remedy: {finding.remedy}")
-    device = "cuda" if cuda else "cpu"
-    step = "Triton kernel" if cuda else "compiled CPU kernel"
+    device = "cuda" if cuda and not cuda.remedy else "cpu"
+    step = "Triton kernel" if device == "cuda" else "compiled CPU kernel"
     print("\npaths taken on this machine:")
     print(f"  encode   Pillow decode and crop on the CPU, autoencoder in eager torch on {device}")
     print(f"  train    rows gathered by the compiled CPU kernel, eager torch on {device}, SDPA attention")
@@ -69,11 +68,10 @@ def _library() -> Finding:
 
 
 def _torch() -> Finding:
-    import torch
-
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    remedy = "" if (major, minor) >= (2, 11) else "pip install 'torch>=2.11'"
-    return Finding("torch", torch.__version__, remedy)
+    finding = _package("torch", remedy="pip install torch==2.13.0")
+    if not finding.remedy and tuple(int(part) for part in finding.state.split(".")[:2]) < (2, 11):
+        return Finding("torch", finding.state, "pip install 'torch>=2.11'")
+    return finding
 
 
 def _package(module: str, distribution: str = "", remedy: str = "") -> Finding:
@@ -107,8 +105,10 @@ def _cuda() -> Finding:
 
 
 def _codecs() -> Finding:
-    from PIL import features
-
+    try:
+        from PIL import features
+    except ImportError:
+        return Finding("image codecs", "none without Pillow", "pip install pillow")
     wanted = ("jpg", "zlib", "webp", "libtiff")
     missing = [name for name in wanted if not features.check(name)]
     state = "Pillow decodes " + ", ".join(name for name in wanted if name not in missing)

@@ -98,7 +98,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
                 scanned.advance(done - scanned.done)
 
             units = writer.plan(entries, on_scan)
-        todo = sum(len(unit.items) for unit in units)
+        todo, encoded = sum(len(unit.items) for unit in units), 0
         with (
             StopRequest() as stop,
             Progress("encode", todo, "images") as progress,
@@ -108,9 +108,10 @@ def encode(config: EncodeConfig) -> EncodeReport:
             for unit in units:
                 rows, bad = _encode_unit(unit, pictures, vae, config, bucket, progress, stop)
                 writer.commit(unit, rows, bad)
+                encoded += len(rows.keys)
         info = writer.finish()
     quarantined = {one.key: one.reason for one in Dataset.open(out).quarantined}
-    report = EncodeReport(out, info.rows, todo, info.shards, info.bytes, quarantined, unreadable)
+    report = EncodeReport(out, info.rows, encoded, info.shards, info.bytes, quarantined, unreadable)
     _print(report)
     return report
 
@@ -281,4 +282,4 @@ def _print(report: EncodeReport) -> None:
             for key, reason in list(listed.items())[:20]:
                 print(f"  {key!a}: {reason}")
             if len(listed) > 20:
-                print(f"  … and {len(listed) - 20} more" + (" (quarantine list: see `fastlatent inspect`)"))
+                print(f"  … and {len(listed) - 20} more")

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from fastlatent.config import InspectConfig
 from fastlatent.pipeline.checkpoints import checkpoints
-from fastlatent.store.reader import PROVENANCE, Dataset, build_state
+from fastlatent.store.reader import PROVENANCE, Dataset, build_state, read_provenance
+from fastlatent.store.records import ROOT
 from fastlatent.store.shard import Shard
+from fastlatent.store.statistics import Statistics, to_float64
 
 
 def inspect(config: InspectConfig) -> None:
@@ -39,11 +42,12 @@ def _dataset(path: Path, state: Any) -> dict[str, Any]:
             "rows": f"{state.done_rows} of {state.planned_rows} done, {state.planned_rows - state.done_rows} missing",
             "quarantined": state.quarantined,
             "bytes": state.bytes,
+            "latents": [{"shape [F, 2C, H, W]": list(shape)} for shape in state.shapes],
+            "statistics": _statistics(state.statistics) if state.statistics else None,
         }
-    if not (path / "dataset.json").exists():
-        return described
+    if not (path / ROOT).exists():
+        return described | {"provenance": read_provenance(path)}
     dataset = Dataset.open(path)
-    statistics = dataset.statistics
     described |= {
         "generation": dataset.generation,
         "fingerprint": dataset.fingerprint,
@@ -57,15 +61,19 @@ def _dataset(path: Path, state: Any) -> dict[str, Any]:
         "classes": len(dataset.classes),
         "rows per class": _per_class(dataset),
         "quarantined": {one.key: one.reason for one in dataset.quarantined},
-        "statistics": {
-            "latent mean": statistics.latent_mean.tolist(),
-            "latent std": statistics.latent_std.tolist(),
-            "min": statistics.min.tolist(),
-            "max": statistics.max.tolist(),
-        },
+        "statistics": _statistics(dataset.statistics),
         "provenance": dataset.provenance,
     }
     return described
+
+
+def _statistics(statistics: Statistics) -> dict[str, Any]:
+    return {
+        "latent mean": statistics.latent_mean.tolist(),
+        "latent std": statistics.latent_std.tolist(),
+        "min": statistics.min.tolist(),
+        "max": statistics.max.tolist(),
+    }
 
 
 def _per_class(dataset: Dataset) -> dict[str, int]:
@@ -139,12 +147,20 @@ def _sheet(config: InspectConfig, path: Path) -> None:
     # Only here is torch needed.
     import torch
 
+    from fastlatent.data.latents import LatentDataset
     from fastlatent.media.images import to_uint8
     from fastlatent.media.sheets import save_sheet
     from fastlatent.workflows.decode import dataset_means, load_matching_autoencoder
     from fastlatent.workflows.latent_files import read_latent_file
 
-    latents = dataset_means(path, config.rows)[0] if path.is_dir() else read_latent_file(path).raw()[: config.rows]
+    if path.is_dir():
+        dataset = LatentDataset(path)
+        latents = dataset_means(dataset, 0, min(config.rows, len(dataset)))
+    elif "fls.format" in (shard := Shard.open(path)).metadata:
+        means = np.split(shard.columns["moments"][: config.rows, 0], 2, axis=1)[0]
+        latents = torch.from_numpy(to_float64(means, shard.dtypes["moments"])).float()
+    else:
+        latents = read_latent_file(path).raw()[: config.rows]
     vae = load_matching_autoencoder(
         config.vae, None, latents.shape[1], torch.device("cpu"), torch.float32, allow_other=True
     )

@@ -44,6 +44,10 @@ class LatentFile:
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.latents_mean, self.latents_std))
         return (self.latents.double() * std + mean).float().transpose(1, 2).unflatten(-1, (side, side))
 
+    def names(self) -> list[str]:
+        """The class name of each sample, or its number."""
+        return [self.classes[label] if self.classes else str(label) for label in self.labels.tolist()]
+
     def write(self, path: Path) -> None:
         """Write as safetensors, in one go."""
         values = dataclasses.asdict(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from fastlatent.models.checkpoint import CheckpointConfig, load_checkpoint
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
 from fastlatent.sampling.autoregressive import NextTokenSampler
-from fastlatent.workflows.decode import decode_to_folder, load_matching_autoencoder
+from fastlatent.workflows.decode import decode_to_folder, load_matching_autoencoder, rows_of
 from fastlatent.workflows.latent_files import LatentFile
 from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
 
@@ -77,14 +78,18 @@ def sample(config: SampleConfig) -> None:
     )
     if vae is None:
         file.write(output)
-        keep_config(output.with_suffix(".yaml"), config)
+        keep_config(output.with_name(output.name + ".yaml"), config)
         print(f"{output}: latents {list(latents.shape)}")
         return
     file.write(output / LATENTS)
     keep_config(output / "sample.yaml", config)
-    names = [checkpoint.classes[label] if checkpoint.classes else str(label) for label in labels.tolist()]
     decode_to_folder(
-        file.raw(), vae, output, names=names, batch_size=config.batch_size, columns=max(config.per_class, 4)
+        functools.partial(rows_of, file.raw()),
+        vae,
+        output,
+        names=file.names(),
+        batch_size=config.batch_size,
+        columns=max(config.per_class, 4),
     )
 
 

@@ -13,7 +13,7 @@ import xxhash
 
 from fastlatent.config import TrainArConfig, TrainConfig, TrainVaeConfig
 from fastlatent.pipeline.checkpoints import checkpoints, step_of
-from fastlatent.store.build import Lock
+from fastlatent.store.build import LOCK, Lock
 from fastlatent.store.files import canonical_json, parse_json, read_bytes, write_atomic
 from fastlatent.training.loop import LoopSettings, Objective, train
 from fastlatent.workflows.runtime import keep_config, refuse_output_in_source, set_up
@@ -88,6 +88,7 @@ def train_ar(config: TrainArConfig) -> None:
     from fastlatent.models.checkpoint import CheckpointConfig
     from fastlatent.models.transformer import Transformer, published_size
     from fastlatent.training.autoregressive import NextTokenLoss, NextTokenObjective
+    from fastlatent.workflows.decode import autoencoder_record
 
     sizes = published_size(config.model)
     given = {name: value for name in sizes if (value := getattr(config, name)) is not None}
@@ -111,10 +112,13 @@ def train_ar(config: TrainArConfig) -> None:
         beta_schedule=config.beta_schedule,
         latents_mean=store.statistics.latent_mean.tolist(),
         latents_std=store.statistics.latent_std.tolist(),
-        vae={**store.provenance["hashed"]["vae"], "path": store.provenance["informational"]["vae_path"]},
+        vae=autoencoder_record(store.provenance),
         classes=store.classes,
     )
-    with _run(config, data=store.root) as device:
+    # What a batch is made of; a dataset that was only touched is the same data.
+    columns = (store.key_hash, store.label, store.src_xxh3)
+    data = [store.fingerprint, store.classes, *(xxhash.xxh3_128_hexdigest(column.tobytes()) for column in columns)]
+    with _run(config, data=data) as device:
         loader = LatentLoader(dataset, config.batch_size, seed=config.seed, device=device)
         model = Transformer(checkpoint)
         model.initialize()
@@ -146,6 +150,11 @@ def _run(config: TrainConfig, data: Any) -> Iterator[torch.device]:
         device = set_up(config.device, config.threads)
         now = _settings(config) | {"data": xxhash.xxh3_128_hexdigest(canonical_json(data))}
         previous = run / SETTINGS
+        others = [path.name for path in run.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-")]
+        if others and not previous.exists():
+            raise ValueError(
+                f"--out {run}: expected an empty folder or a run of `fastlatent train`, found {', '.join(others[:5])}"
+            )
         if previous.exists() and checkpoints(run):
             before = parse_json(read_bytes(previous), str(previous))
             if not isinstance(before, dict):
@@ -153,7 +162,9 @@ def _run(config: TrainConfig, data: Any) -> Iterator[torch.device]:
                     f"{previous}: expected a JSON object, got {before!r:.100}; delete it to resume unchecked"
                 )
             differences = [
-                f"{name}: {before.get(name)} (the run) != {value} (now)"
+                "data: the training data changed since the run began"
+                if name == "data"
+                else f"{name}: {before.get(name)} (the run) != {value} (now)"
                 for name, value in now.items()
                 if before.get(name) != value
             ]
@@ -180,9 +191,6 @@ def _train(objective: Objective, config: TrainConfig, device: torch.device) -> N
     run = Path(config.out)
     found = checkpoints(run)
     begin = step_of(found[-1]) if found else 0
-    if begin == config.steps:
-        print(f"{run}: already trained to step {config.steps:,}")
-        return
     if begin:
         print(f"{run}: resuming from step {begin:,}", flush=True)
     train(objective, run, LoopSettings(**values), device)

@@ -10,7 +10,7 @@ from fastlatent.pipeline.interrupt import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stops_at_check(number, capsys):
+def test_stops_at_check(number, capfd):
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         stop.check()
@@ -20,7 +20,7 @@ def test_stops_at_check(number, capsys):
         stop.check()
     assert reached
     assert signal.getsignal(number) is before
-    assert f"{number.name}: stopping after this step; again: at once" in capsys.readouterr().err
+    assert f"{number.name}: stopping after this step; again: at once" in capfd.readouterr().err
 
 
 def test_the_second_one_stops_at_once():

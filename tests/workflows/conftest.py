@@ -99,3 +99,8 @@ def chain(tmp_path_factory) -> Chain:
     ok(f"encode {ENCODE} --out", made.latents, "--vae", made.vae, made.images)
     ok(f"train ar {TRAIN_AR} --out", made.ar, made.latents)
     return made
+
+
+@pytest.fixture
+def images(chain, tmp_path):
+    return chain.copy("images", tmp_path / "images")

@@ -55,7 +55,7 @@ def test_a_library_that_does_not_load(chain, monkeypatch):
     ("version", "ok"), [("2.11.0", True), ("2.13.0+cpu", True), ("3.0.0a1", True), ("2.9.1", False)]
 )
 def test_torch_versions(monkeypatch, version, ok):
-    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     assert (module._torch().remedy == "") == ok
 
 
@@ -112,3 +112,16 @@ def test_the_probe_of_libstdcxx_runs_apart(monkeypatch):
     assert "older than GLIBCXX_3.4.29" in found.state
     assert found.remedy
     assert len(calls) == 1
+
+
+def test_a_torch_that_does_not_import(monkeypatch, chain):
+    real = module.importlib.import_module
+
+    def broken(name):
+        if name == "torch":
+            raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.29' not found")
+        return real(name)
+
+    monkeypatch.setattr(module.importlib, "import_module", broken)
+    findings = [module._torch()]
+    assert "GLIBCXX_3.4.29" in findings[0].state and findings[0].remedy
