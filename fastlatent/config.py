@@ -260,6 +260,10 @@ def _checked(origin: str, field: dataclasses.Field, hint: Any, value: Any) -> An
     whole_numbers = isinstance(value, tuple) and value and all(type(v) is int for v in value)
     if kind is float and type(value) is float and not math.isfinite(value):
         raise ValueError(f"{where}: expected a finite number, got {value}")
+    if kind is str and isinstance(value, list):
+        raise ValueError(f'{where}: expected text, got a list; write it as "{",".join(map(str, value))}"')
+    if kind is str and value == "":
+        raise ValueError(f"{where}: expected text, got nothing")
     if type(value) is not kind or (kind is tuple and not whole_numbers):
         expected = "a list of whole numbers" if kind is tuple else kind.__name__
         raise ValueError(f"{where}: expected {expected}, got {value!r}")

@@ -68,7 +68,7 @@ def test_file_keys_with_either_dash(name):
         ({"threads": -1}, "config file: threads: expected at least 0, got -1"),
         ({"mirror": "yes"}, "config file: mirror: expected bool, got 'yes'"),
         ({"mirror": 1}, "config file: mirror: expected bool, got 1"),
-        ({"vae": ["a"]}, r"config file: vae: expected str, got \['a'\]"),
+        ({"vae": ["a"]}, "config file: vae: expected text, got a list"),
         ({"vae": True}, "config file: vae: expected str, got True"),
         ({"dtype": "flaot16"}, "config file: dtype: expected one of .*; did you mean 'float16'?"),
         ({"dtype": "int8"}, "config file: dtype: expected one of float16, bfloat16, float32, got 'int8'"),
@@ -168,7 +168,7 @@ def test_bad_yaml(tmp_path, data, message):
 def test_nothing_in_yaml_is_run(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text(f"out: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")
-    with pytest.raises(ValueError, match="out: expected str"):
+    with pytest.raises(ValueError, match="out: expected text"):
         config.build(config.TrainVaeConfig, config.read_yaml(str(path)), {"source": "images"})
     assert not (tmp_path / "made").exists()
 

@@ -46,6 +46,12 @@ class LatentDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.store)
 
+    @property
+    def autoencoder(self) -> dict[str, Any]:
+        """Identity of the autoencoder that made the latents, and the path it had then."""
+        provenance = self.store.provenance
+        return {**provenance["hashed"]["vae"], "path": provenance["informational"]["vae_path"]}
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"LatentDataset: index {index} of {len(self)} rows")

@@ -25,7 +25,9 @@ class BatchOrder:
 
     def __init__(self, count: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         if not 1 <= batch_size <= count:
-            raise ValueError(f"batch_size: expected 1 to {count} (the number of samples), got {batch_size}")
+            raise ValueError(
+                f"batch_size: expected 1 to {count} (the number of samples), got {batch_size}; use --batch-size {count}"
+            )
         if batch_size % world_size or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size {batch_size} must be a multiple of world_size {world_size}, and rank below it, got {rank}"

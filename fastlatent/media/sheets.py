@@ -142,7 +142,9 @@ def _replace(path: str | os.PathLike[str], data: bytes) -> None:
         with open(temporary, "xb") as file:
             file.write(data)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno:
+            raise type(error)(error.errno, error.strerror, path) from None  # not the temporary's name, or none at all
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -21,6 +20,7 @@ from fastlatent.heads.latentlm import (
 )
 
 ROPE_BASE = 10_000
+MAX_SIZE = 2**31
 EMBEDDING_STD = 0.02
 
 # name: depth, hidden size, heads, mlp ratio, blocks of the diffusion head
@@ -55,7 +55,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for field in fields(TransformerConfig):
             value = getattr(self, field.name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
+            if type(value) not in (int, float) or not 0 < value < MAX_SIZE:
                 raise ValueError(f"config: expected {field.name} to be a positive number, got {value!r}")
             if field.type == "int" and not isinstance(value, int):
                 raise ValueError(f"config: expected {field.name} to be a whole number, got {value!r}")

@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fastlatent.store.files import fsync_directory
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -68,6 +70,11 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
             fsync_directory(Path(root))
         temporary.rename(final)
         fsync_directory(run)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{final} could not be written ({error}); older checkpoints are kept. Free some space and run the same "
+            "command again"
+        ) from error
     finally:
         remove_temporaries(run)
     for old in checkpoints(run)[:-keep]:

@@ -40,7 +40,7 @@ def decode(config: DecodeConfig) -> None:
     made_by: dict[str, Any] | None
     if path.is_dir():
         dataset = LatentDataset(path)
-        made_by = autoencoder_record(dataset.store.provenance)
+        made_by = dataset.autoencoder
         names = [dataset.store.key(i) for i in range(min(len(dataset), config.limit or len(dataset)))]
         channels = dataset.store.buckets[0].shape[1] // 2
         read: Callable[[int, int], Tensor] = functools.partial(dataset_means, dataset)
@@ -67,11 +67,6 @@ def dataset_means(dataset: LatentDataset, begin: int, end: int) -> Tensor:
 def rows_of(latents: Tensor, begin: int, end: int) -> Tensor:
     """What decode_to_folder reads where all latents are in memory."""
     return latents[begin:end]
-
-
-def autoencoder_record(provenance: dict[str, Any]) -> dict[str, Any]:
-    """Identity and path of the autoencoder that made a dataset, from its provenance."""
-    return {**provenance["hashed"]["vae"], "path": provenance["informational"]["vae_path"]}
 
 
 def load_matching_autoencoder(
@@ -126,8 +121,13 @@ def decode_to_folder(
         read: read(begin, end) gives raw latents [end − begin, C, h, w]; one batch at a time is in memory.
         names: one for each latent.
     """
-    folder = output / "images"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, listing = output / "images", output / "images.jsonl"
+    if folder.exists() and not listing.exists():
+        raise ValueError(f"{folder} is not of an earlier decode (no {listing.name} beside it); use another --output")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not listing.exists():
+        write_atomic(listing, b"")  # from here on the images are ours, also after an interruption
+    folder.mkdir(exist_ok=True)
     sheet: list[np.ndarray] = []
     lines: list[str] = []
     with StopRequest() as stop, Progress("decode", len(names), "images") as progress:
@@ -144,7 +144,7 @@ def decode_to_folder(
                 lines.append(json.dumps({"file": f"images/{i:06d}.png", "name": names[i]}) + "\n")
             sheet += list(images)[: max(0, SHEET_IMAGES - len(sheet))]
             progress.advance(len(images))
-    write_atomic(output / "images.jsonl", "".join(lines).encode())
+    write_atomic(listing, "".join(lines).encode())
     stale = len(names)  # images of an earlier, longer list
     while (folder / f"{stale:06d}.png").exists():
         (folder / f"{stale:06d}.png").unlink()

@@ -66,13 +66,21 @@ def sample(config: SampleConfig) -> None:
                 stop.check()
                 progress.advance(rows)
 
-            batches.append(
-                sampler.sample(labels[part], noise[part], seed=config.seed, first_id=begin, on_token=on_token).cpu()
-            )
+            try:
+                batch = sampler.sample(labels[part], noise[part], seed=config.seed, first_id=begin, on_token=on_token)
+            except RuntimeError as error:
+                if not config.compile:
+                    raise
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(f"--compile failed: {reason}; leave out --compile") from error
+            bad = int((~batch.isfinite()).flatten(1).any(1).sum())
+            if bad:
+                raise ValueError(
+                    f"{bad} of the samples {begin} to {begin + rows - 1} are not finite; try a smaller --cfg-scale, "
+                    "more --num-inference-steps, or --dtype float32"
+                )
+            batches.append(batch.cpu())
     latents = torch.cat(batches)
-    bad = (~latents.isfinite()).flatten(1).any(1).sum().item()
-    if bad:
-        raise ValueError(f"{bad} of {len(latents)} samples are not finite; try --dtype float32 or more steps")
     file = LatentFile(
         latents, labels, checkpoint.latents_mean, checkpoint.latents_std, checkpoint.vae, checkpoint.classes
     )

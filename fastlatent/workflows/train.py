@@ -1,4 +1,4 @@
-"""latent dataset or images → checkpoints."""
+"""What every training run does: hold its folder, compare its settings, resume, train."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import xxhash
 
-from fastlatent.config import TrainArConfig, TrainConfig, TrainVaeConfig
+from fastlatent.config import TrainConfig
 from fastlatent.pipeline.checkpoints import checkpoints, step_of
 from fastlatent.store.build import LOCK, Lock
 from fastlatent.store.files import canonical_json, parse_json, read_bytes, write_atomic
 from fastlatent.training.loop import LoopSettings, Objective, train
-from fastlatent.workflows.runtime import keep_config, refuse_output_in_source, set_up
+from fastlatent.workflows.runtime import keep_config, set_up
 
 CONFIG = "train.yaml"
 SETTINGS = ".settings.json"  # what a resumed run is compared with
@@ -24,121 +24,8 @@ SETTINGS = ".settings.json"  # what a resumed run is compared with
 _FREE = {"out", "device", "threads", "checkpoint_every", "keep_checkpoints"}
 
 
-def train_vae(config: TrainVaeConfig) -> None:
-    """Train an AutoencoderKL on a folder of images; see TrainVaeConfig."""
-    from diffusers import AutoencoderKL
-
-    from fastlatent.data.images import ImageLoader
-    from fastlatent.sources.image_folder import scan_image_folder
-    from fastlatent.training.vae import ReconstructionLoss, VaeObjective
-
-    levels = len(config.block_out_channels)
-    factor = 2 ** (levels - 1)
-    if config.size % factor:
-        raise ValueError(f"--size {config.size}: {levels} levels in --block-out-channels need a multiple of {factor}")
-    if config.channels not in (1, 3):
-        raise ValueError(f"--channels: expected 1 (grey) or 3 (RGB), got {config.channels}")
-    refuse_output_in_source(config.out, config.source)
-    if any(width < 1 or width % config.norm_groups for width in config.block_out_channels):
-        raise ValueError(
-            f"--norm-groups {config.norm_groups} must divide every width of --block-out-channels "
-            f"{','.join(map(str, config.block_out_channels))}"
-        )
-    folder = scan_image_folder(config.source)
-    batch_size = config.batch_size
-    loader = ImageLoader(
-        folder.items,
-        batch_size,
-        size=config.size,
-        channels=config.channels,
-        mirror=config.mirror,
-        seed=config.seed,
-    )
-    with _run(config, data=[item.key for item in folder.items]) as device:
-        model = AutoencoderKL(
-            in_channels=config.channels,
-            out_channels=config.channels,
-            latent_channels=config.latent_channels,
-            block_out_channels=config.block_out_channels,
-            down_block_types=["DownEncoderBlock2D"] * levels,
-            up_block_types=["UpDecoderBlock2D"] * levels,
-            layers_per_block=config.layers_per_block,
-            norm_num_groups=config.norm_groups,
-            sample_size=config.size,
-        ).to(device)
-        loss = ReconstructionLoss(
-            model, mse_weight=config.mse_weight, l1_weight=config.l1_weight, kl_weight=config.kl_weight
-        )
-        latent = config.latent_channels * (config.size // factor) ** 2
-        print(
-            f"{_count(model)} weights; {len(folder.items):,} images; a latent holds {latent} numbers, "
-            f"an image {config.channels * config.size**2}",
-            flush=True,
-        )
-        _train(VaeObjective(loader, loss, device), config, device)
-    if loader.failures:
-        print(f"{len(loader.failures)} files could not be decoded and were left out:")
-        for key, reason in list(loader.failures.items())[:20]:
-            print(f"  {key!a}: {reason}")
-
-
-def train_ar(config: TrainArConfig) -> None:
-    """Train a next-token-diffusion Transformer on a latent dataset; see TrainArConfig."""
-    from fastlatent.data.latents import LatentDataset, LatentLoader
-    from fastlatent.models.checkpoint import CheckpointConfig
-    from fastlatent.models.transformer import Transformer, published_size
-    from fastlatent.training.autoregressive import NextTokenLoss, NextTokenObjective
-    from fastlatent.workflows.decode import autoencoder_record
-
-    sizes = published_size(config.model)
-    given = {name: value for name in sizes if (value := getattr(config, name)) is not None}
-    if "num_heads" in given and "num_kv_heads" not in given:
-        given["num_kv_heads"] = given["num_heads"]
-    dataset = LatentDataset(config.latents)
-    store = dataset.store
-    _, channels, height, width = store.buckets[0].shape
-    if height != width:
-        raise ValueError(f"{config.latents}: expected square latents, got {height}×{width}")
-    if (store.label < 0).any() or not store.classes:
-        raise ValueError(
-            f"{config.latents}: train ar needs a label for every row; encode a folder with one sub-folder per class"
-        )
-    checkpoint = CheckpointConfig(
-        **{**sizes, **given},
-        in_channels=channels // 2,
-        input_size=height,
-        num_classes=len(store.classes),
-        prediction_type=config.prediction_type,
-        beta_schedule=config.beta_schedule,
-        latents_mean=store.statistics.latent_mean.tolist(),
-        latents_std=store.statistics.latent_std.tolist(),
-        vae=autoencoder_record(store.provenance),
-        classes=store.classes,
-    )
-    # What a batch is made of; a dataset that was only touched is the same data.
-    columns = (store.key_hash, store.label, store.src_xxh3)
-    data = [store.fingerprint, store.classes, *(xxhash.xxh3_128_hexdigest(column.tobytes()) for column in columns)]
-    with _run(config, data=data) as device:
-        loader = LatentLoader(dataset, config.batch_size, seed=config.seed, device=device)
-        model = Transformer(checkpoint)
-        model.initialize()
-        loss = NextTokenLoss(
-            model.to(device),
-            prediction_type=config.prediction_type,
-            beta_schedule=config.beta_schedule,
-            batch_mul=config.batch_mul,
-            class_dropout_prob=config.class_dropout_prob,
-        ).to(device)
-        print(
-            f"{_count(model)} weights; {len(dataset):,} latents of {checkpoint.num_tokens} tokens × "
-            f"{checkpoint.in_channels} channels, {checkpoint.num_classes} classes",
-            flush=True,
-        )
-        _train(NextTokenObjective(loader, loss, checkpoint, config.seed, device), config, device)
-
-
 @contextlib.contextmanager
-def _run(config: TrainConfig, data: Any) -> Iterator[torch.device]:
+def training_run(config: TrainConfig, data: Any) -> Iterator[torch.device]:
     """Hold the run folder for one training, with its config kept and compared; seeds the initial weights.
 
     `data` is JSON that changes whenever the training data does: a run never goes on with other data than it began with.
@@ -159,7 +46,8 @@ def _run(config: TrainConfig, data: Any) -> Iterator[torch.device]:
             before = parse_json(read_bytes(previous), str(previous))
             if not isinstance(before, dict):
                 raise ValueError(
-                    f"{previous}: expected a JSON object, got {before!r:.100}; delete it to resume unchecked"
+                    f"{previous}: expected a JSON object, got {before!r:.100}; restore it from a copy, or use "
+                    "another --out"
                 )
             differences = [
                 "data: the training data changed since the run began"
@@ -186,7 +74,8 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in _FREE}
 
 
-def _train(objective: Objective, config: TrainConfig, device: torch.device) -> None:
+def run_training(objective: Objective, config: TrainConfig, device: torch.device) -> None:
+    """Train inside `training_run`, and say where from and where to."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoopSettings)}
     run = Path(config.out)
     found = checkpoints(run)
@@ -197,5 +86,6 @@ def _train(objective: Objective, config: TrainConfig, device: torch.device) -> N
     print(f"{run}: trained to step {config.steps:,}; newest checkpoint {checkpoints(run)[-1]}")
 
 
-def _count(model: torch.nn.Module) -> str:
+def count_weights(model: torch.nn.Module) -> str:
+    """In millions, for people."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M"

@@ -288,7 +288,7 @@ def test_damaged_and_missing_weights(chain, tmp_path):
 
 def test_weights_with_nan(chain, tmp_path):
     checkpoint = changed_weights(chain, tmp_path / "checkpoint", lambda state: {k: v * NAN for k, v in state.items()})
-    assert "2 of 2 samples are not finite" in chain.sample(checkpoint, tmp_path / "out").message
+    assert "2 of the samples 0 to 1 are not finite" in chain.sample(checkpoint, tmp_path / "out").message
     assert not (tmp_path / "out" / "latents.safetensors").exists()
 
 
@@ -301,7 +301,7 @@ def test_weights_with_nan(chain, tmp_path):
         ("--labels 0,2", "--labels: expected 0 to 1 (this checkpoint's classes), got 2"),
         ("--labels -1", "--labels: expected 0 to 1"),
         ("--labels ant", "expected class numbers such as"),
-        ("--labels=", "expected class numbers such as"),
+        ("--labels=", "labels: expected text, got nothing"),
         ("--labels 1,", "expected class numbers such as"),
         ("--solver euler", "euler"),  # a flow solver for v prediction
         ("--no-decode", "--no-decode writes a file: expected --output NAME.safetensors"),

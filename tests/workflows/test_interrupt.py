@@ -81,3 +81,27 @@ def test_encode_goes_on_after_ctrl_c(chain, tmp_path):
         {k: v for k, v in chain.contents(tmp_path / name).items() if k != "encode.yaml"} for name in ("whole", "cut")
     )
     assert one == other
+
+
+def test_interrupted_while_torch_is_imported(tmp_path):
+    # torch and diffusers swallow an exception that comes up inside their imports. 0.4 s after the start is in there;
+    # should a machine be so fast or slow that it is not, the code is 130 or the run refuses its missing source (1).
+    command = [
+        sys.executable,
+        "-m",
+        "fastlatent",
+        "train",
+        "vae",
+        str(tmp_path / "none"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    for delay in (0.3, 0.4, 0.5):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline()  # the settings: parsing is done, the import begins
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode in (130, 1), err
+        assert "Traceback" not in err and "terminate" not in err
+        assert not (tmp_path / "run").exists()
