@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,9 @@ class LatentDataset(torch.utils.data.Dataset):
         batch = self.gather(np.asarray(indices, dtype=np.int64))
         return [{name: values[i] for name, values in batch.items()} for i in range(len(indices))]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Mappings do not travel to spawned workers; every process opens its own.
-        return {"path": self.store.path, "columns": self.columns}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], columns=state["columns"])  # type: ignore[misc]
+        return functools.partial(type(self), columns=self.columns), (self.store.path,)
 
     def gather(self, indices: np.ndarray, *, pin_memory: bool = False, threads: int = 1) -> dict[str, Tensor]:
         """The rows `indices` (int64 [B]) as one batch of CPU tensors."""

@@ -35,13 +35,14 @@ class BatchOrder:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self._slice = slice(rank, None, world_size)
         self.steps_per_epoch = count // batch_size
-        self._permutation = functools.lru_cache(maxsize=2)(self._permutation)  # type: ignore[method-assign]
 
     def indices(self, step: int) -> tuple[int, np.ndarray]:
         """(epoch, int64 indices of this rank) of a step counted from 0."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         begin = batch * self.batch_size
-        return epoch, self._permutation(epoch)[begin : begin + self.batch_size][self._slice]
+        return epoch, _permutation(self.seed, epoch, self.count)[begin : begin + self.batch_size][self._slice]
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return philox(self.seed, _ORDER_ID, epoch).permutation(self.count)
+
+@functools.lru_cache(maxsize=4)  # every step of an epoch asks for it; a training and a held-out order fit
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return philox(seed, _ORDER_ID, epoch).permutation(count)
