@@ -7,7 +7,7 @@
 #define FASTLATENT_API __attribute__((visibility("default")))
 
 // Return codes.
-enum { FASTLATENT_OK = 0, FASTLATENT_BAD_DTYPE = 1, FASTLATENT_BAD_INDEX = 2, FASTLATENT_NO_THREADS = 3 };
+enum { FASTLATENT_OK = 0, FASTLATENT_BAD_DTYPE = 1, FASTLATENT_BAD_INDEX = 2, FASTLATENT_NO_THREADS = 3, FASTLATENT_NO_MEMORY = 4 };
 
 // Dtype codes shared with fastlatent/_native.py.
 enum { FASTLATENT_F64 = 0, FASTLATENT_F32 = 1, FASTLATENT_BF16 = 2, FASTLATENT_F16 = 3 };
@@ -22,5 +22,12 @@ FASTLATENT_API int fastlatent_gather_rows_cpu(const int64_t* table, int64_t shar
 // output [ways, batch, out_channels] of dtype output_dtype; guidance [ways, batch] and row [16] of state_dtype;
 // noise [batch, channels] of state_dtype or null. out_channels is channels, or 2 * channels for learned variance.
 FASTLATENT_API int fastlatent_solver_step_cpu(void* state, const void* output, const void* guidance, const void* row, const void* noise, int64_t ways, int64_t batch, int64_t channels, int64_t out_channels, int64_t state_dtype, int64_t output_dtype);
+
+// `steps` solver steps of a whole diffusion head in place, as fastlatent/ops/diffusion_head_sample.py defines them. dtype
+// (f32, bf16 or f16) is that of modulations [steps, ways, batch, (3 * blocks + 2) * hidden] and of the weights; up and down
+// are int8 where up_scale and down_scale are not null. Everything else is f32. Activations stay f32: they are not rounded
+// to the weights' dtype. The same bits for any number of threads; the last bits depend on the vector width, which is the
+// widest that the CPU has and `lanes` (float32 lanes: 16, 8, 4) allows.
+FASTLATENT_API int fastlatent_diffusion_head_sample_cpu(void* state, const void* modulations, const void* table, const void* guidance, const void* noise, const void* input_weight, const void* input_bias, const void* up_weight, const void* up_bias, const void* down_weight, const void* down_bias, const void* output_weight, const void* output_bias, const void* up_scale, const void* down_scale, int64_t steps, int64_t ways, int64_t batch, int64_t channels, int64_t out_channels, int64_t hidden, int64_t width, int64_t blocks, int64_t gated, int64_t layer_norm, double eps, int64_t dtype, int64_t threads, int64_t lanes);
 
 }

@@ -11,15 +11,19 @@ if TYPE_CHECKING:
     from fastlatent import ops
     from fastlatent.data.latents import LatentDataset, LatentLoader
     from fastlatent.diffusion.solvers import SolverTable
+    from fastlatent.heads.diffusion_head import DiffusionHead
     from fastlatent.workflows.encode import EncodeReport
+    from fastlatent.workflows.next_token_pipeline import NextTokenPipeline
 
 __version__ = "0.1.0"
-__all__ = ["LatentDataset", "LatentLoader", "SolverTable", "encode", "ops"]
+__all__ = ["DiffusionHead", "LatentDataset", "LatentLoader", "NextTokenPipeline", "SolverTable", "encode", "ops"]
 
 # Resolved on first use: importing fastlatent imports no torch.
 _HOME = {
+    "DiffusionHead": "fastlatent.heads.diffusion_head",
     "LatentDataset": "fastlatent.data.latents",
     "LatentLoader": "fastlatent.data.latents",
+    "NextTokenPipeline": "fastlatent.workflows.next_token_pipeline",
     "SolverTable": "fastlatent.diffusion.solvers",
 }
 

@@ -128,12 +128,25 @@ class TrainArConfig(TrainConfig):
 class SampleConfig:
     """Sample latents, and images, from a next-token-diffusion checkpoint."""
 
-    checkpoint: str = required("checkpoint folder (config.json + model.safetensors) or run folder", positional=True)
+    checkpoint: str = required("checkpoint folder (ours, or as published), or run folder", positional=True)
+    model_config: str | None = option(
+        None, "JSON to read instead of the folder's config.json; partial where the weights tell the rest"
+    )
+    ema: bool = option(False, "published checkpoints: the averaged weights of other_state.pth (as their --use_ema)")
     output: str = required("folder for images, sheet and latents; with --no-decode a .safetensors file")
     labels: str = option("all", 'class numbers such as "3,1,4", or "all"')
     per_class: int = option(1, "samples of each label, one label after the other", minimum=1)
     num_inference_steps: int = option(20, "denoising steps per token", minimum=1)
+    last_inference_steps: int = option(
+        0, "steps of the last token, the others in between linearly (step annealing, DiSA); 0: as many as the first",
+        minimum=0,
+    )  # fmt: skip
     cfg_scale: float = option(3.0, "classifier-free guidance; 1 turns it off", minimum=0)
+    cfg_schedule: str = option(
+        "constant",
+        "linear: guidance grows from token to token, up to --cfg-scale (MAR)",
+        choices=("constant", "linear"),
+    )
     solver: str = option(
         "auto",
         "auto: dpmsolver++, or euler for flow",
@@ -145,8 +158,16 @@ class SampleConfig:
     decode: bool = option(True, "decode the latents to images")
     vae: str | None = option(None, "autoencoder to decode with; otherwise the one that encoded the training set")
     allow_other_vae: bool = option(False, "decode although the autoencoder is not the one that encoded the set")
-    batch_size: int = option(64, "sequences sampled at a time", minimum=1)
-    compile: bool = option(False, "torch.compile the head and the backbone step")
+    batch_size: int = option(64, "sequences sampled at a time; fewer where their caches would not fit", minimum=1)
+    attention: str = option(
+        "auto",
+        "back end; auto: the first that runs of flash, triton, sdpa",
+        choices=("auto", "flash", "triton", "varlen", "sdpa"),
+    )
+    fp8_cache: bool = option(False, "keep keys and values in float8_e4m3: half the memory of bfloat16, less exact")
+    int8: bool = option(False, "CPU: int8 weights with a scale per row: half the bytes of bfloat16, less exact")
+    published: bool = option(False, "round timesteps to --dtype as the published code does")
+    compile: bool = option(False, "torch.compile the backbone step")
     threads: int = option(0, "CPU threads; 0: all cores", minimum=0, maximum=MAX_THREADS)
     device: str = option("auto", DEVICE_HELP)
 

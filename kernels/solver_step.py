@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 # Elements per program: 4 per thread of 4 warps, one 16-byte access each in float32.
 TILE = 512
+# Memory bounds this kernel, so fused multiply-adds gain nothing; without them its bits are the CPU's.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 # Channels alone decide the alignment, so one compilation serves every batch size.
@@ -73,30 +76,61 @@ def solver_step_kernel(
     tl.store(x_ptr + 3 * plane, base, mask=mask)
 
 
+def _constants(ways: int, channels: int, out_channels: int, has_noise: bool) -> dict[str, int | bool]:
+    block_c = min(triton.next_power_of_2(channels), TILE)
+    return {
+        "WAYS": ways,
+        "HAS_NOISE": has_noise,
+        "LEARNED_VARIANCE": out_channels != channels,
+        "BLOCK_B": TILE // block_c,
+        "BLOCK_C": block_c,
+    }
+
+
 def solver_step_triton(state: Tensor, output: Tensor, guidance: Tensor, row: Tensor, noise: Tensor | None) -> None:
     """Launch over contiguous tensors, as checked by `fastlatent.ops.solver_step.solver_step`."""
     if state.numel() == 0:
         return  # a CUDA grid cannot be empty
     ways, batch, out_channels = output.shape
     channels = state.shape[2]
-    block_c = min(triton.next_power_of_2(channels), TILE)
-    block_b = TILE // block_c
-    grid = (triton.cdiv(batch, block_b), triton.cdiv(channels, block_c))
+    constants = _constants(ways, channels, out_channels, noise is not None)
+    grid = (triton.cdiv(batch, constants["BLOCK_B"]), triton.cdiv(channels, constants["BLOCK_C"]))
     solver_step_kernel[grid](
-        state,
-        output,
-        guidance,
-        row,
-        noise,
-        batch,
-        channels,
-        out_channels,
-        WAYS=ways,
-        HAS_NOISE=noise is not None,
-        LEARNED_VARIANCE=out_channels != channels,
-        BLOCK_B=block_b,
-        BLOCK_C=block_c,
-        num_warps=4,
-        # Memory bounds this kernel, so fused multiply-adds gain nothing; without them its bits are the CPU's.
-        enable_fp_fusion=False,
-    )
+        state, output, guidance, row, noise, batch, channels, out_channels, **constants, **OPTIONS
+    )  # fmt: skip
+
+
+def aot_cases() -> list[dict]:
+    """What tools/kernel_table compiles: each case specialised as the launcher's arguments are."""
+    cases = []
+    for state, output, channels, out_channels in (
+        ("fp32", "bf16", 16, 16),
+        ("fp32", "bf16", 16, 32),  # learned variance
+        ("fp64", "fp64", 16, 32),
+        ("fp32", "fp32", 1, 2),  # a size of 1 is specialised as a constant, which has other methods than a tensor
+    ):
+        signature = dict.fromkeys(("state_ptr", "output_ptr", "guidance_ptr", "row_ptr", "noise_ptr"), f"*{state}")
+        signature |= {"output_ptr": f"*{output}", "batch": "i32", "channels": "i32", "out_channels": "i32"}
+        constants = _constants(2, channels, out_channels, True) | ({"channels": 1} if channels == 1 else {})
+        multiples_of_16 = (0, 1, 2, 3, 4, 6, 7) if channels == 16 else (0, 1, 2, 3, 4)  # addresses and sizes
+
+        def launch(state=state, output=output, channels=channels, out_channels=out_channels) -> None:
+            dtypes = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+            shapes = ((4, 3, channels), (2, 3, out_channels), (2, 3), (16,), (3, channels))
+            tensors = [torch.empty(shape, dtype=dtypes[state], device="meta") for shape in shapes]
+            tensors[1] = tensors[1].to(dtypes[output])
+            solver_step_triton(*tensors)
+
+        cases.append(
+            {
+                "name": f"{state} state, {output} output, {channels} -> {out_channels}",
+                "kernel": solver_step_kernel,
+                "signature": signature | dict.fromkeys(constants, "constexpr"),
+                "constants": constants,
+                "attrs": {(i,): [["tt.divisibility", 16]] for i in multiples_of_16},
+                "options": OPTIONS,
+                "wgmma": False,
+                "launch": launch,
+            }
+        )
+    return cases

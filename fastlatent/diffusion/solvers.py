@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastlatent.diffusion.rows import (
+    DPM_TYPES,
+    ddim_rows,
+    ddpm_rows,
+    dpm_rows,
+    levels,
+    new_rows,
+    shifted,
+    to_data,
+)
 from fastlatent.diffusion.schedules import alphas_cumprod as schedule_by_name
 from fastlatent.diffusion.targets import PREDICTION_TYPES
-from fastlatent.ops.solver_step import ROW, A, B, C, E, P, Q, R, S, T
+from fastlatent.ops.solver_step import A, E, P, Q, S
 
 SOLVERS = ("dpmsolver++", "ddim", "ddpm", "euler")
+TIMESTEP_SPACINGS = ("leading", "trailing")
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +33,8 @@ class SolverTable:
     Attributes:
         rows: float64 CPU [S, 16], one row per step, columns as in `fastlatent.ops.solver_step`.
         timesteps: float64 CPU [S], what the network is given at each step: integers from 0 to T - 1 for a
-            discrete schedule, 1000 * t for flow.
+            discrete schedule; for flow 1000 * t, or t itself (the builder says which). [S, 2] for a flow map,
+            whose network takes the times at which a step begins and ends.
         name: solver, options and number of steps, for logs.
     """
 
@@ -33,6 +46,34 @@ class SolverTable:
     def needs_noise(self) -> bool:
         """Whether any step adds noise, so that `solver_step` must be given some."""
         return bool((self.rows[:, S] != 0).any())
+
+    @staticmethod
+    def from_diffusers(
+        scheduler: Any, num_inference_steps: int, *, eta: float = 0.0, mu: float | None = None
+    ) -> SolverTable:
+        """The sampler of a diffusers scheduler, which is left as it is.
+
+        DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, DDIMScheduler, DDPMScheduler and
+        FlowMatchEulerDiscreteScheduler, or copies of them under the same names, with all their options but dynamic
+        thresholding, `variance_type` other than the DDPM scheduler's and dynamic shifting of DPMSolver.
+
+        Timesteps are the scheduler's. Coefficients are computed in float64 from its config, not from its own
+        float32 tables, so results are more exact than diffusers' and differ by its rounding.
+
+        Args:
+            scheduler: of one of the classes above.
+            num_inference_steps: 1 to the scheduler's num_train_timesteps.
+            eta: share of DDPM's noise, 0 to 1; what DDIMScheduler.step takes.
+            mu: shift of the sigmas; what FlowMatchEulerDiscreteScheduler.set_timesteps takes with
+                use_dynamic_shifting.
+
+        Raises:
+            ValueError: the class or an option has no table (the message says what can be done), or an argument is
+                not as above.
+        """
+        from fastlatent.diffusion.from_diffusers import solver_table
+
+        return solver_table(scheduler, num_inference_steps, eta=eta, mu=mu)
 
 
 def dpmsolver_pp(
@@ -60,64 +101,63 @@ def dpmsolver_pp(
     """
     if order not in (1, 2):
         raise ValueError(f"dpmsolver_pp: expected order 1 or 2, got {order}")
-    if solver_type not in ("midpoint", "heun"):
+    if solver_type not in DPM_TYPES:
         raise ValueError(f"dpmsolver_pp: expected solver_type midpoint or heun, got {solver_type!r}")
     _check_steps("dpmsolver_pp", steps, len(alphas_cumprod))
     grid = torch.linspace(0, len(alphas_cumprod) - 1, steps + 1, dtype=torch.float64).round()
     timesteps = grid.flip(0)[:-1]
-    alpha, sigma = _levels(alphas_cumprod[timesteps.long()])
-    log_snr = (alpha / sigma).log()
-    alpha_next, sigma_next = _shifted(alpha, 1.0), _shifted(sigma, 0.0)
-    h = _shifted(log_snr, torch.inf) - log_snr
-
-    rows = _rows(timesteps)
-    rows[:, P], rows[:, Q] = _to_data("dpmsolver_pp", prediction_type, alpha, sigma)
-    rows[:, A] = sigma_next / sigma
-    rows[:, B] = -alpha_next * torch.expm1(-h)
-    if order == 2:
-        h_previous = torch.cat([h.new_zeros(1), h[:-1]])
-        half = -0.5 * torch.expm1(-h) if solver_type == "midpoint" else torch.expm1(-h) / h + 1
-        correction = alpha_next * half * (h / h_previous)
-        # Zero steps exist: steps = T rounds one timestep twice, and neither it nor its successor has a slope.
-        second_order = (h_previous > 0) & (h > 0) & (sigma_next > 0)
-        correction = torch.where(second_order, correction, 0.0)
-        rows[:, B] += correction
-        rows[:, C] = -correction
+    alpha_bar = alphas_cumprod[timesteps.long()]
+    _check_prediction("dpmsolver_pp", prediction_type, alpha_bar)
+    alpha, sigma = levels(torch.cat([alpha_bar, alpha_bar.new_ones(1)]))
+    orders = torch.full((steps,), order)
+    orders[0] = orders[-1] = 1
+    rows = dpm_rows(timesteps, alpha, sigma, orders, algorithm="dpmsolver++", solver_type=solver_type)
+    rows[:, P], rows[:, Q] = to_data(prediction_type, alpha[:-1], sigma[:-1])
     kind = f"order {order}" if order == 1 else f"order {order} {solver_type}"
     return SolverTable(rows, timesteps, f"dpmsolver++ ({kind}), {prediction_type}, {steps} steps")
 
 
-def ddim(alphas_cumprod: Tensor, steps: int, prediction_type: str, *, eta: float = 0.0) -> SolverTable:
+def ddim(
+    alphas_cumprod: Tensor,
+    steps: int,
+    prediction_type: str,
+    *,
+    eta: float = 0.0,
+    timestep_spacing: str = "leading",
+) -> SolverTable:
     """DDIM (Song et al. 2020): deterministic at eta = 0, as noisy as DDPM at eta = 1; nothing is clipped.
 
-    Timesteps are k * (T // steps), descending, so the first lies below T - 1 unless steps is T ("leading").
+    Timesteps, descending, are k * (T // steps), so the first lies below T - 1 unless steps is T ("leading"); or
+    round(T - k * T / steps) - 1, so the first is T - 1 ("trailing"). Each step ends where the next begins, the
+    last one at alpha_bar = 1. Orthus samples with 100 trailing steps, v_prediction and
+    `rescale_zero_terminal_snr` of the scaled_linear schedule.
 
     Args:
-        alphas_cumprod: float64 [T].
+        alphas_cumprod: float64 [T]; its last value may be 0 with v_prediction.
         steps: 1 to T.
         prediction_type: "epsilon" or "v_prediction".
         eta: share of DDPM's noise, 0 to 1.
+        timestep_spacing: "leading" or "trailing".
 
     Raises:
         ValueError: an argument is not as above.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"ddim: expected eta in [0, 1], got {eta}")
-    timesteps, alpha_bar, alpha_bar_next = _leading("ddim", alphas_cumprod, steps)
-    alpha, sigma = _levels(alpha_bar)
-    variance = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
-    direction = (1 - alpha_bar_next - variance).sqrt()
-
-    rows = _rows(timesteps)
-    rows[:, P], rows[:, Q] = _to_data("ddim", prediction_type, alpha, sigma)
-    rows[:, B] = alpha_bar_next.sqrt()
-    # The direction is the predicted noise: the output itself for epsilon, sigma x + alpha v for v.
-    if prediction_type == "epsilon":
-        rows[:, E] = direction
+    if timestep_spacing not in TIMESTEP_SPACINGS:
+        raise ValueError(
+            f"ddim: expected a timestep_spacing of {', '.join(TIMESTEP_SPACINGS)}, got {timestep_spacing!r}"
+        )
+    _check_steps("ddim", steps, len(alphas_cumprod))
+    if timestep_spacing == "leading":
+        timesteps = _leading(steps, len(alphas_cumprod))
     else:
-        rows[:, A], rows[:, E] = direction * sigma, direction * alpha
-    rows[:, S] = variance.sqrt()
-    return SolverTable(rows, timesteps, f"ddim (eta {eta:g}), {prediction_type}, {steps} steps")
+        timesteps = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(alphas_cumprod) / steps).round() - 1
+    alpha_bar = alphas_cumprod[timesteps.long()]
+    _check_prediction("ddim", prediction_type, alpha_bar)
+    rows = ddim_rows(timesteps, alpha_bar, shifted(alpha_bar, 1.0), prediction_type, eta)
+    spacing = "" if timestep_spacing == "leading" else f", {timestep_spacing}"
+    return SolverTable(rows, timesteps, f"ddim (eta {eta:g}{spacing}), {prediction_type}, {steps} steps")
 
 
 def ddpm(alphas_cumprod: Tensor, steps: int, prediction_type: str) -> SolverTable:
@@ -133,16 +173,11 @@ def ddpm(alphas_cumprod: Tensor, steps: int, prediction_type: str) -> SolverTabl
     Raises:
         ValueError: an argument is not as above.
     """
-    timesteps, alpha_bar, alpha_bar_next = _leading("ddpm", alphas_cumprod, steps)
-    alpha, sigma = _levels(alpha_bar)
-    beta = 1 - alpha_bar / alpha_bar_next
-
-    rows = _rows(timesteps)
-    rows[:, P], rows[:, Q] = _to_data("ddpm", prediction_type, alpha, sigma)
-    rows[:, A] = (alpha_bar / alpha_bar_next).sqrt() * (1 - alpha_bar_next) / (1 - alpha_bar)
-    rows[:, B] = alpha_bar_next.sqrt() * beta / (1 - alpha_bar)
-    # 0 at the last step, where alpha_bar_next is 1.
-    rows[:, S] = (beta * (1 - alpha_bar_next) / (1 - alpha_bar)).sqrt()
+    _check_steps("ddpm", steps, len(alphas_cumprod))
+    timesteps = _leading(steps, len(alphas_cumprod))
+    alpha_bar = alphas_cumprod[timesteps.long()]
+    _check_prediction("ddpm", prediction_type, alpha_bar)
+    rows = ddpm_rows(timesteps, alpha_bar, shifted(alpha_bar, 1.0), prediction_type, "fixed_small")
     return SolverTable(rows, timesteps, f"ddpm, {prediction_type}, {steps} steps")
 
 
@@ -156,7 +191,7 @@ def flow_euler(steps: int) -> SolverTable:
         raise ValueError(f"flow_euler: expected steps >= 1, got {steps}")
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     timesteps = 1000 * t[:-1]
-    rows = _rows(timesteps)
+    rows = new_rows(timesteps)
     rows[:, P], rows[:, Q] = 1.0, -t[:-1]
     rows[:, A] = 1.0
     rows[:, E] = t[1:] - t[:-1]
@@ -195,34 +230,15 @@ def _check_steps(name: str, steps: int, train_timesteps: int) -> None:
         raise ValueError(f"{name}: expected 1 to {train_timesteps} steps, got {steps}")
 
 
-def _rows(timesteps: Tensor) -> Tensor:
-    rows = torch.zeros(len(timesteps), ROW, dtype=torch.float64)
-    rows[:, R] = torch.inf
-    rows[:, T] = timesteps
-    return rows
+def _check_prediction(name: str, prediction_type: str, alpha_bar: Tensor) -> None:
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{name}: expected prediction_type epsilon or v_prediction, got {prediction_type!r}")
+    if prediction_type == "epsilon" and (alpha_bar == 0).any():
+        raise ValueError(
+            f"{name}: expected v_prediction for a schedule with zero terminal SNR, got epsilon; where alpha_bar is 0 "
+            "it says nothing about the data"
+        )
 
 
-def _levels(alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-
-
-def _shifted(values: Tensor, final: float) -> Tensor:
-    """The values at each step's end: the next step's, and `final` after the last."""
-    return torch.cat([values[1:], values.new_tensor([final])])
-
-
-def _leading(name: str, alphas_cumprod: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Timesteps with "leading" spacing, and alphas_cumprod at each step's start and end (finally 1)."""
-    _check_steps(name, steps, len(alphas_cumprod))
-    timesteps = torch.arange(steps).flip(0) * (len(alphas_cumprod) // steps)
-    alpha_bar = alphas_cumprod[timesteps]
-    return timesteps.double(), alpha_bar, _shifted(alpha_bar, 1.0)
-
-
-def _to_data(name: str, prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """p and q of x0 = p x + q output."""
-    if prediction_type == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    if prediction_type == "v_prediction":
-        return alpha, -sigma
-    raise ValueError(f"{name}: expected prediction_type epsilon or v_prediction, got {prediction_type!r}")
+def _leading(steps: int, train_timesteps: int) -> Tensor:
+    return (torch.arange(steps).flip(0) * (train_timesteps // steps)).double()

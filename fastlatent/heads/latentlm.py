@@ -1,13 +1,12 @@
-"""The per-token diffusion head of LatentLM: modulated RMSNorm + SwiGLU blocks over one token's channels.
+"""LatentLM's per-token diffusion head for training: modulated RMSNorm + SwiGLU blocks over one token's channels.
 
-Every class bears the state-dict keys of the published checkpoints. Norms have no weight and no Linear has a bias.
+For sampling, `fastlatent.heads.diffusion_head` folds it, like every other published head, into one op. The classes
+bear the state-dict keys of the published checkpoints. Norms have no weight and no Linear has a bias.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,7 @@ SINUSOID_PERIOD = 10_000
 
 def rms_norm(x: Tensor) -> Tensor:
     """x·rsqrt(mean(x²) + 1e-6) over the last dim, without weight; computed in float32 (float64 for float64)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], None, RMS_EPS)
 
 
 def ffn_width(hidden_size: int, mlp_ratio: float) -> int:
@@ -79,59 +77,26 @@ def timestep_sinusoid(t: Tensor) -> Tensor:
 
 
 class DiffusionBlock(nn.Module):
-    """x + gate ⊙ SwiGLU(RMSNorm(x)·(1 + scale) + shift)."""
+    """x + gate ⊙ SwiGLU(RMSNorm(x)·(1 + scale) + shift), with (shift, scale, gate) from the condition c."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
         self.mlp = SwiGLU(hidden_size, width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 3 * hidden_size, bias=False))
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate = self.adaLN_modulation(c).chunk(3, dim=-1)
         return x + gate * self.mlp(rms_norm(x) * (1 + scale) + shift)
 
 
 class FinalLayer(nn.Module):
-    """Linear(RMSNorm(x)·(1 + scale) + shift): hidden → C."""
+    """Linear(RMSNorm(x)·(1 + scale) + shift): hidden → C, with (shift, scale) from the condition c."""
 
     def __init__(self, hidden_size: int, channels: int) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden_size, channels, bias=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size, bias=False))
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(rms_norm(x) * (1 + scale) + shift)
-
-
-@dataclass(frozen=True)
-class LatentHead:
-    """The head of a Transformer, without its state: the parts stay where the published keys put them.
-
-    Modulations do not depend on x, only on condition and step. So they are one product ahead of the denoising
-    loop (`modulations`), and only the FFNs run in sequence (`denoise`).
-    """
-
-    noisy_x_embedder: TokenEmbedder
-    blocks: Sequence[DiffusionBlock]
-    final_layer: FinalLayer
-
-    def modulation_weight(self) -> Tensor:
-        """All adaLN weights under each other: [(3·blocks + 2)·hidden, hidden]."""
-        parts: list[DiffusionBlock | FinalLayer] = [*self.blocks, self.final_layer]
-        return torch.cat([next(part.adaLN_modulation.parameters()) for part in parts])
-
-    @staticmethod
-    def modulations(condition: Tensor, t_embedding: Tensor, weight: Tensor) -> Tensor:
-        """condition and t_embedding [..., hidden] (broadcast) → [..., (3·blocks + 2)·hidden]."""
-        return F.linear(F.silu(condition + t_embedding), weight)
-
-    def denoise(self, x: Tensor, modulations: Tensor) -> Tensor:
-        """One evaluation. x [..., C]; modulations [..., (3·blocks + 2)·hidden] → prediction [..., C].
-
-        x may have one row where modulations have several (guidance: the branches share x).
-        """
-        h = self.noisy_x_embedder(x)
-        # chunk, not unpack: shift, scale, gate of each block in turn, then shift and scale of the final layer.
-        parts = modulations.chunk(3 * len(self.blocks) + 2, dim=-1)
-        for i, block in enumerate(self.blocks):
-            h = block(h, *parts[3 * i : 3 * i + 3])
-        return self.final_layer(h, *parts[-2:])

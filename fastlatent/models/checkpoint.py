@@ -1,4 +1,4 @@
-"""Next-token-diffusion checkpoints: a folder with config.json (all sizes) and model.safetensors (published keys)."""
+"""Next-token-diffusion checkpoints: a folder with config.json (all sizes) and model.safetensors, or a published one."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fastlatent.diffusion.targets import PREDICTION_TYPES
+from fastlatent.models import published
 from fastlatent.models.transformer import Transformer, TransformerConfig
 from fastlatent.pipeline.checkpoints import resolve
-
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,65 +68,88 @@ class CheckpointConfig(TransformerConfig):
 def save_checkpoint(folder: Path, config: CheckpointConfig, state: dict[str, torch.Tensor]) -> None:
     """Write config.json and model.safetensors into an existing folder."""
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / published.WEIGHTS)
 
 
 def load_checkpoint(
-    path: str | Path, dtype: torch.dtype, device: torch.device | str
+    path: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    model_config: str | Path | None = None,
+    ema: bool = False,
 ) -> tuple[Transformer, CheckpointConfig]:
     """Load a checkpoint folder (also one made by hand), or the newest checkpoint of a run.
 
+    A folder as the published training script writes it needs no config.json: the weights tell the sizes, and
+    other_state.pth the normalisation. What they cannot tell comes from a config.json with only that.
+
+    Args:
+        model_config: a JSON file to read instead of the folder's config.json; it may be partial.
+        ema: take the averaged weights of other_state.pth.
+
     Raises:
-        ValueError: files are missing or damaged, or names or shapes of the weights do not fit config.json.
+        ValueError: files are missing, damaged or need pickle; names or shapes of the weights do not fit the sizes;
+            something is known from nowhere (the message says what to give); there are no averaged weights.
     """
-    folder = resolve(path, WEIGHTS, "checkpoint")
-    config = read_config(folder / "config.json")
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint: {folder / WEIGHTS} does not load: {error}") from None
+    path = Path(path)
+    folder = published.find_weights(path) or resolve(path, published.WEIGHTS, "checkpoint")
+    state, other = published.read_weights(folder), published.read_other_state(folder)
+    if model_config is None and not published.is_published(folder):
+        origin, config = "config.json's", read_config(folder / "config.json")
+    else:
+        file = Path(model_config) if model_config is not None else folder / "config.json"
+        given = _read_keys(file) if model_config is not None or file.is_file() else {}
+        origin, config = "the first weights'", CheckpointConfig(**published.complete(folder, given, state, other))
     with torch.device("meta"):
         model = Transformer(config)
-    _check_fit(folder, {name: tuple(t.shape) for name, t in model.state_dict().items()}, state)
+    _check_fit(folder, origin, {name: tuple(t.shape) for name, t in model.state_dict().items()}, state)
+    if ema:
+        state = published.averaged(folder, other, model.named_parameters())
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
     return model.eval().requires_grad_(False), config
 
 
 def read_config(path: Path) -> CheckpointConfig:
     """Parse config.json; ValueError names unknown or missing keys."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"checkpoint: {path} does not read as JSON: {error}") from None
-    fields = {field.name: field for field in dataclasses.fields(CheckpointConfig)}
-    if not isinstance(values, dict):
-        raise ValueError(f"checkpoint: expected a JSON object in {path}, got {type(values).__name__}")
-    for name in values:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            raise ValueError(f"checkpoint: unknown key {name!r} in {path}; {hint}")
+    values = _read_keys(path)
     missing = [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        field.name
+        for field in dataclasses.fields(CheckpointConfig)
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"checkpoint: {path} lacks {', '.join(missing)}")
     return CheckpointConfig(**values)
 
 
-def _check_fit(folder: Path, expected: dict[str, tuple[int, ...]], state: dict[str, torch.Tensor]) -> None:
+def _read_keys(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"checkpoint: {path} does not read as JSON: {error}") from None
+    names = [field.name for field in dataclasses.fields(CheckpointConfig)]
+    if not isinstance(values, dict):
+        raise ValueError(f"checkpoint: expected a JSON object in {path}, got {type(values).__name__}")
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            raise ValueError(f"checkpoint: unknown key {name!r} in {path}; {hint}")
+    return values
+
+
+def _check_fit(folder: Path, origin: str, expected: dict[str, tuple[int, ...]], state: dict[str, torch.Tensor]) -> None:
     for name, tensor in state.items():
         if name not in expected:
-            raise ValueError(
-                f"checkpoint: {folder / WEIGHTS} holds {name!r}, which a model of config.json's sizes lacks"
-            )
+            raise ValueError(f"checkpoint: {folder} holds {name!r}, which a model of {origin} sizes lacks")
         if tuple(tensor.shape) != expected[name]:
             raise ValueError(
-                f"checkpoint: {name} has shape {list(tensor.shape)} in {folder / WEIGHTS}, but config.json's sizes "
+                f"checkpoint: {name} has shape {list(tensor.shape)} in {folder}, but {origin} sizes "
                 f"give {list(expected[name])}: another model's config.json or weights"
             )
     missing = [name for name in expected if name not in state]
     if missing:
-        raise ValueError(f"checkpoint: {folder / WEIGHTS} lacks {missing[0]!r} and {len(missing) - 1} more weights")
+        raise ValueError(f"checkpoint: {folder} lacks {missing[0]!r} and {len(missing) - 1} more weights")

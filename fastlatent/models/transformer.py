@@ -1,4 +1,4 @@
-"""The causal Transformer of LatentLM with its diffusion head: layers, sizes and keys as published."""
+"""The causal Transformer of LatentLM with its diffusion head, for training: layers, sizes and keys as published."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fastlatent.heads.latentlm import (
     DiffusionBlock,
     FinalLayer,
-    LatentHead,
     SwiGLU,
     TimestepEmbedder,
     TokenEmbedder,
@@ -122,15 +121,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, N, hidden] → q [B, H, N, D], k and v [B, Hkv, N, D]; q and k rotated."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, N, hidden] → [B, N, hidden], every token attending to itself and those before it."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-        """→ [B, N, hidden]."""
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         return self.proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -143,16 +139,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.ffn_width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn.attend(*self.attn.project(rms_norm(x), cos, sin), causal=True)
-        return x + self.mlp(rms_norm(x))
-
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
-        """One token [B, 1, hidden]; keys and values [B, Hkv, N, D] hold the earlier tokens and take this one."""
-        q, k, v = self.attn.project(rms_norm(x), cos, sin)
-        keys[:, :, position : position + 1] = k
-        values[:, :, position : position + 1] = v
-        end = position + 1
-        x = x + self.attn.attend(q, keys[:, :, :end], values[:, :, :end], causal=False)
+        x = x + self.attn(rms_norm(x), cos, sin)
         return x + self.mlp(rms_norm(x))
 
 
@@ -203,10 +190,6 @@ class Transformer(nn.Module):
             elif name.startswith(("t_embedder.", "y_embedder.")):
                 nn.init.normal_(parameter, std=EMBEDDING_STD)
 
-    @property
-    def head(self) -> LatentHead:
-        return LatentHead(self.noisy_x_embedder, list(self.diffusion_blocks), self.final_layer)  # type: ignore[arg-type]
-
     def condition(self, x: Tensor, labels: Tensor) -> Tensor:
         """Conditions of all tokens at once. x [B, N, C] clean latents, labels int64 [B] → [B, N, hidden].
 
@@ -218,25 +201,13 @@ class Transformer(nn.Module):
             h = block(h, cos[: h.shape[1]], sin[: h.shape[1]])
         return self.condition_layer(h)
 
-    def new_cache(self, rows: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [rows, Hkv, N, D] of every block, for `step`."""
-        c, weight = self.config, self.condition_layer.linear.weight
-        shape = (rows, c.num_kv_heads, c.num_tokens, c.head_dim)
-        return [(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.blocks]
-
-    def step(self, h: Tensor, position: int, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Condition [rows, hidden] of token `position`, from h [rows, hidden]: the embedded class or previous token."""
-        h = h[:, None]
-        cos, sin = (table[position : position + 1] for table in self._rope_for(h))
-        for block, (keys, values) in zip(self.blocks, cache, strict=True):
-            assert isinstance(block, Block)
-            h = block.step(h, cos, sin, keys, values, position)
-        return self.condition_layer(h)[:, 0]
-
     def denoise(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Prediction for noisy tokens. x [..., C], t [...], condition [..., hidden] → [..., C]."""
-        head = self.head
-        return head.denoise(x, head.modulations(condition, self.t_embedder(t), head.modulation_weight()))
+        c = condition + self.t_embedder(t)
+        h = self.noisy_x_embedder(x)
+        for block in self.diffusion_blocks:
+            h = block(h, c)
+        return self.final_layer(h, c)
 
     def _rope_for(self, h: Tensor) -> tuple[Tensor, Tensor]:
         key = (h.dtype, h.device)

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlatent import _native
 from fastlatent.ops._library import LIBRARY
 from fastlatent.ops.solver_step import ROW, solver_step_reference
 
 # The modulations of one chunk of solver steps take at most this much, or one step.
 WORKSPACE_BYTES = 64 * 2**20
+# The widest vectors of the C++ path, in float32 lanes: AVX-512. Tests run the narrower ones, 8 and 4.
+CPU_LANES = 16
 Path = Literal["auto", "reference", "few_rows", "many_rows"]
 PATHS = ("auto", "reference", "few_rows", "many_rows")
 
@@ -284,10 +287,40 @@ def _run(
         input_weight, input_bias, modulation_weight, modulation_bias, up_weight, up_bias, down_weight, down_bias,
         output_weight, output_bias, up_scale, down_scale, layer_norm, eps,
     )  # fmt: skip
-    if path == "reference":
+    cpu = state.device.type == "cpu"
+    if path == "reference" or (path == "many_rows" and cpu):
         diffusion_head_sample_reference(state, condition, t_embedding, table, guidance, weights, noise)
+    elif path == "few_rows" and cpu:
+        _few_rows_cpu(state, condition, t_embedding, table, guidance, weights, noise)
     else:
         raise ValueError(f"diffusion_head_sample: path {path!r} does not run on {state.device}")
+
+
+def _few_rows_cpu(
+    state: Tensor,
+    condition: Tensor,
+    t_embedding: Tensor,
+    table: Tensor,
+    guidance: Tensor,
+    weights: HeadWeights,
+    noise: Tensor | None,
+) -> None:
+    """All steps of a chunk of modulations in one C++ call; activations stay float32, not rounded to the weights' dtype."""
+    if weights.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "diffusion_head_sample: expected float32, bfloat16 or float16 weights for path 'few_rows' on the CPU, got "
+            f"{weights.dtype}; use path 'many_rows'"
+        )
+    blocks, width = weights.blocks, weights.down_weight.shape[2]
+    body = [weights.input_weight, weights.input_bias, *weights.tensors()[4:]]
+    for begin, modulations in modulation_chunks(condition, t_embedding, weights):
+        inputs = [state, modulations, table[begin:], guidance, None if noise is None else noise[begin:]]
+        _native.call(
+            "cpu", "diffusion_head_sample", *(None if x is None else x.data_ptr() for x in (*inputs, *body)),
+            *modulations.shape[:3], weights.channels, len(weights.output_weight), weights.hidden_size, width, blocks,
+            weights.gated, weights.layer_norm, weights.eps, _native.DTYPE_CODES[str(weights.dtype).removeprefix("torch.")],
+            torch.get_num_threads(), CPU_LANES,
+        )  # fmt: skip
 
 
 LIBRARY.impl("diffusion_head_sample", _run, "CompositeExplicitAutograd")

@@ -127,6 +127,11 @@ def _run_or_checkpoint(path: Path) -> dict[str, Any]:
         log = (path / "log.jsonl").read_text(encoding="utf-8").splitlines() if (path / "log.jsonl").exists() else []
         described["last step logged"] = _parsed(log[-1]) if log else None
     weights = sorted(folder.glob("*.safetensors"))
+    if (folder / "other_state.pth").is_file():  # accelerate's or DeepSpeed's; `sample` reads it
+        described["kind"] = f"LatentLM {described['kind']} as the published training script writes it"
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        described["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+        return described
     if not (folder / "config.json").is_file() or not weights:
         raise ValueError(
             f"{path}: expected a dataset (dataset.json), a run (checkpoint-*) or a checkpoint (config.json and "

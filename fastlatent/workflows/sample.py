@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastlatent.config import SampleConfig
+from fastlatent.diffusion.annealing import annealed_steps
 from fastlatent.diffusion.noise import normal
 from fastlatent.diffusion.solvers import build_table
 from fastlatent.models.checkpoint import CheckpointConfig, load_checkpoint
+from fastlatent.models.transformer import Transformer
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
 from fastlatent.sampling.autoregressive import NextTokenSampler
@@ -36,7 +38,7 @@ def sample(config: SampleConfig) -> None:
             f"--output {output}: without --no-decode it is a folder; add --no-decode to write latents only"
         )
     device = set_up(config.device, config.threads)
-    model, checkpoint = load_checkpoint(config.checkpoint, DTYPES[config.dtype], device)
+    model, checkpoint = load_model(config, device)
     labels = parse_labels(config.labels, checkpoint.num_classes).repeat_interleave(config.per_class)
     noise = _noise(config, checkpoint, len(labels))
     # Before hours of sampling, not after: is there an autoencoder that fits, can the result be written?
@@ -50,19 +52,14 @@ def sample(config: SampleConfig) -> None:
             torch.float32,
             allow_other=config.allow_other_vae,
         )
-    solver = config.solver
-    if solver == "auto":
-        solver = "euler" if checkpoint.prediction_type == "flow" else "dpmsolver++"
-    table = build_table(solver, config.num_inference_steps, checkpoint.prediction_type, checkpoint.beta_schedule)
     (output if config.decode else output.parent).mkdir(parents=True, exist_ok=True)
-    sampler = NextTokenSampler(model, table, cfg_scale=config.cfg_scale, compile=config.compile)
+    sampler = make_sampler(config, model, checkpoint)
     batches = []
     with StopRequest() as stop, Progress("sample", len(labels) * checkpoint.num_tokens, "tokens") as progress:
         for begin in range(0, len(labels), config.batch_size):
             part = slice(begin, begin + config.batch_size)
-            rows = len(labels[part])
 
-            def on_token(rows: int = rows) -> None:
+            def on_token(rows: int) -> None:
                 stop.check()
                 progress.advance(rows)
 
@@ -76,7 +73,7 @@ def sample(config: SampleConfig) -> None:
             bad = int((~batch.isfinite()).flatten(1).any(1).sum())
             if bad:
                 raise ValueError(
-                    f"{bad} of the samples {begin} to {begin + rows - 1} are not finite; try a smaller --cfg-scale, "
+                    f"{bad} of the samples {begin} to {begin + len(batch) - 1} are not finite; try a smaller --cfg-scale, "
                     "more --num-inference-steps, or --dtype float32"
                 )
             batches.append(batch.cpu())
@@ -98,6 +95,35 @@ def sample(config: SampleConfig) -> None:
         names=file.names(),
         batch_size=config.batch_size,
         columns=max(config.per_class, 4),
+    )
+
+
+def load_model(config: SampleConfig, device: torch.device) -> tuple[Transformer, CheckpointConfig]:
+    """The checkpoint that the config names, as the config says."""
+    return load_checkpoint(
+        config.checkpoint, DTYPES[config.dtype], device, model_config=config.model_config, ema=config.ema
+    )
+
+
+def make_sampler(config: SampleConfig, model: Transformer, checkpoint: CheckpointConfig) -> NextTokenSampler:
+    """The sampler with the config's solver, guidance and back ends."""
+    solver = config.solver
+    if solver == "auto":
+        solver = "euler" if checkpoint.prediction_type == "flow" else "dpmsolver++"
+    steps = annealed_steps(
+        config.num_inference_steps, config.last_inference_steps or config.num_inference_steps, checkpoint.num_tokens
+    )
+    tables = {n: build_table(solver, n, checkpoint.prediction_type, checkpoint.beta_schedule) for n in set(steps)}
+    return NextTokenSampler(
+        model,
+        [tables[n] for n in steps],
+        cfg_scale=config.cfg_scale,
+        cfg_schedule=config.cfg_schedule,
+        attention=config.attention,
+        kv_dtype=torch.float8_e4m3fn if config.fp8_cache else None,
+        int8=config.int8,
+        published=config.published,
+        compile=config.compile,
     )
 
 

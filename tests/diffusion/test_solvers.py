@@ -1,14 +1,11 @@
-import importlib
-import inspect
-import types
-
 import numpy as np
 import pytest
 import torch
+from plain_samplers import BATCH, CHANNELS, diffusers_states, in_float64, network, noises, start
 
-from fastlatent.diffusion.schedules import SCHEDULES, alphas_cumprod
+from fastlatent.diffusion.schedules import SCHEDULES, alphas_cumprod, rescale_zero_terminal_snr
 from fastlatent.diffusion.solvers import SOLVERS, build_table, ddim, ddpm, dpmsolver_pp, flow_euler
-from fastlatent.ops.solver_step import ROW, A, B, C, R, S, T, solver_step, solver_step_reference
+from fastlatent.ops.solver_step import ROW, A, B, C, R, S, T, solver_step
 
 DIFFUSERS_NAMES = {"cosine": "squaredcos_cap_v2", "linear": "linear", "scaled_linear": "scaled_linear"}
 BETAS = {
@@ -18,67 +15,11 @@ BETAS = {
 }
 # 1: first and last step are one. 14 and 15: either side of diffusers' rule for few steps.
 STEPS = [1, 2, 5, 10, 14, 15, 20, 50]
-BATCH, CHANNELS = 3, 4
 # diffusers' own, under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-def in_float64(class_name, module_name):
-    """A diffusers scheduler, its source executed again with float64 in place of float32."""
-    original = importlib.import_module(f"diffusers.schedulers.{module_name}")
-    module = types.ModuleType(f"{original.__package__}.{module_name}_float64")
-    module.__package__ = original.__package__
-    source = inspect.getsource(original)
-    assert "float32" in source
-    exec(compile(source.replace("float32", "float64"), original.__file__, "exec"), module.__dict__)
-    return getattr(module, class_name), module
-
-
-def model(x, t):
-    """A nonlinear network in float64, different at every timestep."""
-    return torch.tanh(1.3 * x + 0.1 * x.roll(1, -1)) + 0.3 * torch.sin(x * (1 + t / 500)) + 0.01
-
-
-def start():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(BATCH, CHANNELS, generator=generator, dtype=torch.float64)
-
-
-def noises(steps):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(steps, BATCH, CHANNELS, generator=generator, dtype=torch.float64)
-
-
-def our_states(table, step=solver_step_reference, x=None):
-    state = torch.zeros(4, BATCH, CHANNELS, dtype=torch.float64)
-    state[0] = start() if x is None else x
-    guidance = torch.ones(1, BATCH, dtype=torch.float64)
-    states = []
-    for row, t, noise in zip(table.rows, table.timesteps, noises(len(table.rows)), strict=True):
-        step(state, model(state[0], t)[None], guidance, row, noise if table.needs_noise else None)
-        states.append(state[0].clone())
-    return torch.stack(states)
-
-
-def diffusers_states(scheduler, module, count, monkeypatch, **step_options):
-    shared = iter(noises(count))
-    monkeypatch.setattr(module, "randn_tensor", lambda *args, **options: next(shared))
-    x, states = start(), []
-    for t in scheduler.timesteps:
-        x = scheduler.step(model(x, t.double()), t, x, return_dict=False, **step_options)[0]
-        assert x.dtype == torch.float64
-        states.append(x)
-    return torch.stack(states)
-
-
-def assert_same(got, want):
-    """At most 1e-9 apart, relative to the largest value of each intermediate state."""
-    assert torch.isfinite(want).all()
-    scale = want.abs().amax(dim=(1, 2))
-    assert ((got - want).abs().amax(dim=(1, 2)) / scale).max() <= 1e-9
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def dpm():
     return in_float64("DPMSolverMultistepScheduler", "scheduling_dpmsolver_multistep")
 
@@ -87,7 +28,9 @@ def dpm():
 @pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_dpmsolver_pp_is_diffusers(schedule, prediction_type, solver_type, order, dpm, monkeypatch):
+def test_dpmsolver_pp_is_diffusers(
+    schedule, prediction_type, solver_type, order, dpm, monkeypatch, our_states, assert_same
+):
     cls, module = dpm
     for steps in STEPS:
         scheduler = cls(
@@ -101,13 +44,13 @@ def test_dpmsolver_pp_is_diffusers(schedule, prediction_type, solver_type, order
         table = dpmsolver_pp(alphas_cumprod(schedule), steps, prediction_type, order=order, solver_type=solver_type)
         assert table.timesteps.tolist() == scheduler.timesteps.tolist()
         assert not table.needs_noise
-        assert_same(our_states(table), diffusers_states(scheduler, module, steps, monkeypatch))
+        assert_same(our_states(table), diffusers_states(scheduler, module, monkeypatch))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ddim_is_diffusers(schedule, prediction_type, eta, monkeypatch):
+def test_ddim_is_diffusers(schedule, prediction_type, eta, monkeypatch, our_states, assert_same):
     cls, module = in_float64("DDIMScheduler", "scheduling_ddim")
     for steps in [*STEPS, 1000]:
         scheduler = cls(
@@ -121,12 +64,12 @@ def test_ddim_is_diffusers(schedule, prediction_type, eta, monkeypatch):
         assert table.timesteps.tolist() == scheduler.timesteps.tolist()
         # One step ends at alpha_bar = 1, where no noise is left to add.
         assert table.needs_noise == (eta > 0 and steps > 1)
-        assert_same(our_states(table), diffusers_states(scheduler, module, steps, monkeypatch, eta=eta))
+        assert_same(our_states(table), diffusers_states(scheduler, module, monkeypatch, eta=eta))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ddpm_is_diffusers(schedule, prediction_type, monkeypatch):
+def test_ddpm_is_diffusers(schedule, prediction_type, monkeypatch, our_states, assert_same):
     cls, module = in_float64("DDPMScheduler", "scheduling_ddpm")
     for steps in [*STEPS, 1000]:
         scheduler = cls(
@@ -139,10 +82,10 @@ def test_ddpm_is_diffusers(schedule, prediction_type, monkeypatch):
         table = ddpm(alphas_cumprod(schedule), steps, prediction_type)
         assert table.timesteps.tolist() == scheduler.timesteps.tolist()
         assert table.needs_noise == (steps > 1)
-        assert_same(our_states(table), diffusers_states(scheduler, module, steps, monkeypatch))
+        assert_same(our_states(table), diffusers_states(scheduler, module, monkeypatch))
 
 
-def test_flow_euler_is_diffusers(monkeypatch):
+def test_flow_euler_is_diffusers(monkeypatch, our_states, assert_same):
     cls, module = in_float64("FlowMatchEulerDiscreteScheduler", "scheduling_flow_match_euler_discrete")
     for steps in [*STEPS, 1000]:
         scheduler = cls()
@@ -151,13 +94,30 @@ def test_flow_euler_is_diffusers(monkeypatch):
         table = flow_euler(steps)
         torch.testing.assert_close(table.timesteps, scheduler.timesteps, rtol=0, atol=1e-12)
         assert not table.needs_noise
-        assert_same(our_states(table), diffusers_states(scheduler, module, steps, monkeypatch))
+        assert_same(our_states(table), diffusers_states(scheduler, module, monkeypatch))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_are_diffusers(schedule, dpm):
     scheduler = dpm[0](beta_schedule=DIFFUSERS_NAMES[schedule], **BETAS[schedule])
     torch.testing.assert_close(alphas_cumprod(schedule), scheduler.alphas_cumprod, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rescaled_schedules_are_diffusers(schedule):
+    cls, _ = in_float64("DDIMScheduler", "scheduling_ddim")
+    scheduler = cls(beta_schedule=DIFFUSERS_NAMES[schedule], rescale_betas_zero_snr=True, **BETAS[schedule])
+    rescaled = rescale_zero_terminal_snr(alphas_cumprod(schedule))
+    torch.testing.assert_close(rescaled, scheduler.alphas_cumprod, rtol=1e-12, atol=1e-15)
+    assert rescaled[-1] == 0
+    torch.testing.assert_close(rescaled[0], alphas_cumprod(schedule)[0], rtol=1e-15, atol=0)
+    assert (rescaled.diff() < 0).all()
+
+
+def test_beta_range():
+    assert torch.equal(alphas_cumprod("linear", beta_range=(1e-4, 0.02)), alphas_cumprod("linear"))
+    scaled = alphas_cumprod("scaled_linear", 10, beta_range=(0.01, 0.09))
+    assert abs(scaled[0].item() - 0.99) < 1e-15 and abs((scaled[-1] / scaled[-2]).item() - 0.91) < 1e-15
 
 
 def test_cosine_schedule_by_its_numbers():
@@ -232,16 +192,23 @@ def test_a_perfect_network_is_followed(solver):
         torch.testing.assert_close(state[0], torch.full_like(state[0], 0.7), rtol=1e-9, atol=0)
 
 
-def test_float32_rows_follow_float64():
+def test_float32_rows_follow_float64(our_states):
     """What sampling runs: rows and state in float32, through the compiled op."""
     table = build_table("dpmsolver++", 20, "v_prediction", "cosine")
     want = our_states(table)
     state = torch.zeros(4, BATCH, CHANNELS)
     state[0] = start()
     for k, row in enumerate(table.rows.float()):
-        output = model(state[0].double(), table.timesteps[k]).float()
+        output = network(state[0].double(), table.timesteps[k]).float()
         solver_step(state, output[None], torch.ones(1, BATCH), row)
         assert (state[0] - want[k]).abs().max() <= 1e-5 * want[k].abs().max()
+
+
+def test_dpmsolver_pp_from_zero_terminal_snr():
+    """An infinite first step in log SNR has no slope to give to the second."""
+    rows = dpmsolver_pp(ZERO_SNR, 20, "v_prediction").rows
+    assert torch.isfinite(rows[:, A:]).all()
+    assert rows[1, C] == 0 and (rows[2:-1, C] != 0).all()
 
 
 def test_build_table_uses_the_defaults():
@@ -257,6 +224,7 @@ def test_build_table_uses_the_defaults():
 
 
 SCHEDULE = alphas_cumprod("cosine")
+ZERO_SNR = rescale_zero_terminal_snr(alphas_cumprod("scaled_linear"))
 
 
 @pytest.mark.parametrize(
@@ -293,7 +261,17 @@ SCHEDULE = alphas_cumprod("cosine")
         (lambda: ddim(SCHEDULE, 20, "sample"), "epsilon or v_prediction, got 'sample'"),
         (lambda: ddim(SCHEDULE, 20, "epsilon", eta=1.5), r"eta in \[0, 1\], got 1.5"),
         (lambda: ddpm(SCHEDULE, 20, "flow"), "epsilon or v_prediction, got 'flow'"),
+        (lambda: ddim(SCHEDULE, 20, "epsilon", timestep_spacing="linspace"), "leading, trailing, got 'linspace'"),
+        (
+            lambda: ddim(ZERO_SNR, 20, "epsilon", timestep_spacing="trailing"),
+            "ddim: expected v_prediction .* zero terminal SNR",
+        ),
+        (lambda: dpmsolver_pp(ZERO_SNR, 20, "epsilon"), "dpmsolver_pp: expected v_prediction .* zero terminal SNR"),
+        # Leading steps meet the last timestep only when they take every one.
+        (lambda: ddpm(ZERO_SNR, 1000, "epsilon"), "ddpm: expected v_prediction .* zero terminal SNR"),
         (lambda: alphas_cumprod("cosine", 0), "num_train_timesteps >= 1, got 0"),
+        (lambda: alphas_cumprod("cosine", beta_range=(0.1, 0.2)), "no beta_range for cosine"),
+        (lambda: rescale_zero_terminal_snr(SCHEDULE[:1]), "2 timesteps or more, got 1"),
     ],
 )
 def test_rejects(call, message):

@@ -3,6 +3,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,61 +287,35 @@ def test_rejects(case):
 
 
 COMPILE = """
-import json, pathlib, re, subprocess, tempfile, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fastlatent.kernels.solver_step import solver_step_kernel
+import json, sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
 
-tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-found = {}
-for state, output, learned, channels in (
-    ("fp32", "bf16", False, 16),
-    ("fp32", "bf16", True, 16),
-    ("fp64", "fp64", True, 16),
-    ("fp32", "fp32", True, 1),
-):
-    pointers = dict.fromkeys(("state_ptr", "output_ptr", "guidance_ptr", "row_ptr", "noise_ptr"), state)
-    pointers["output_ptr"] = output
-    sizes = ("batch", "channels", "out_channels")
-    constants = dict(WAYS=2, HAS_NOISE=True, LEARNED_VARIANCE=learned)
-    constants |= dict(BLOCK_B=512 // channels, BLOCK_C=channels)
-    if channels == 1:  # the launcher makes an argument of 1 a constant, which has other methods than a tensor
-        constants |= dict(batch=1, channels=1)
-    signature = {name: "*" + dtype for name, dtype in pointers.items()} | dict.fromkeys(sizes, "i32")
-    signature |= dict.fromkeys(constants, "constexpr")
-    # As the launcher specialises at 16 channels: pointers, channels and out_channels are multiples of 16.
-    attrs = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, *((6, 7) if channels == 16 else ()))}
-    compiled = triton.compile(
-        ASTSource(solver_step_kernel, signature, constants, attrs),
-        target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": False},
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    found[f"{state} {output} {learned} {channels}"] = {
-        **{name: int(re.search(rf"{name}:([0-9]+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")},
-        **{name: sass.count(name) for name in ("FFMA", "LDG.E.128", "STG.E.128")},
-    }
-print(json.dumps(found))
+loader = SourceFileLoader("kernel_table", sys.argv[1])
+tool = sys.modules["kernel_table"] = module_from_spec(spec_from_loader("kernel_table", loader))
+loader.exec_module(tool)
+path = Path(sys.argv[2])
+cases = tool.load_cases(path)
+print(json.dumps([tool.compile_case(path.stem, case, 90).__dict__ for case in cases]))
 """
 
 
 def test_compiles_for_hopper(tmp_path):
-    """Ahead of time and without a GPU: no spills, whole 16-byte accesses, nothing fused."""
+    """Ahead of time and without a GPU: whole 16-byte accesses, nothing fused. tools/kernel_table watches the rest."""
     pytest.importorskip("triton")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", COMPILE, root / "tools" / "kernel_table", root / "kernels" / "solver_step.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    # 2048 threads share an SM's 65536 registers: 64 each keep half of them there. float64 is for references.
-    for (case, usage), registers in zip(found.items(), (64, 64, 168, 64), strict=True):
-        assert usage["REG"] <= registers and usage["STACK"] == usage["LOCAL"] == 0, case
-        if case.endswith(" 16"):
-            assert usage["LDG.E.128"] >= 5, case  # four planes of the state and the noise
-            assert usage["STG.E.128"] >= 4, case
+    for row in json.loads(run.stdout.splitlines()[-1]):
+        assert row["spilled"] == 0, row
+        if "16 ->" in row["case"]:
+            assert row["sass"]["LDG.128"] >= 5, row  # four planes of the state and the noise
+            assert row["sass"]["STG.128"] >= 4, row
+        if row["case"].startswith("fp32 state, bf16 output"):
+            # 2048 threads share an SM's 65536 registers: 64 each keep half of them there.
+            assert row["registers"] <= 64, row
         # The exponential alone may be fused, and is not in float32.
-        assert usage["FFMA"] == 0, case
+        assert row["sass"]["FFMA"] == 0, row

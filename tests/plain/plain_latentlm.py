@@ -121,7 +121,10 @@ def euler_flow(predict, x, steps):
 
 
 def sample(state, sizes, labels, noise, *, prediction_type, steps, cfg_scale):
-    """noise [B, N, C] → latents [B, N, C], everything recomputed from the start for every token."""
+    """noise [B, N, C] → latents [B, N, C], everything recomputed from the start for every token.
+
+    steps and cfg_scale: a number, or a list with one for each token.
+    """
     batch, tokens, channels = noise.shape
     null = torch.full_like(labels, sizes["num_classes"])
     latents = torch.zeros(batch, 0, channels, dtype=noise.dtype)
@@ -129,14 +132,17 @@ def sample(state, sizes, labels, noise, *, prediction_type, steps, cfg_scale):
         with_class = conditions(state, sizes, latents, labels)[:, -1]
         without = conditions(state, sizes, latents, null)[:, -1]
 
-        def predict(x, t, with_class=with_class, without=without):
+        scale = cfg_scale[n] if isinstance(cfg_scale, list) else cfg_scale
+        count = steps[n] if isinstance(steps, list) else steps
+
+        def predict(x, t, with_class=with_class, without=without, scale=scale):
             conditional = head(state, sizes, x, t, with_class)
             unconditional = head(state, sizes, x, t, without)
-            return unconditional + cfg_scale * (conditional - unconditional)
+            return unconditional + scale * (conditional - unconditional)
 
         if prediction_type == "flow":
-            token = euler_flow(predict, noise[:, n], steps)
+            token = euler_flow(predict, noise[:, n], count)
         else:
-            token = dpmsolver_2m(predict, noise[:, n], steps, prediction_type)
+            token = dpmsolver_2m(predict, noise[:, n], count, prediction_type)
         latents = torch.cat([latents, token[:, None]], 1)
     return latents

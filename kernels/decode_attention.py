@@ -1,0 +1,305 @@
+"""Triton kernels for fastlatent.ops.decode_attention: flash-decoding (Dao et al. 2023) with a fixed order of sums."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs that fill an H100 or H200: one per SM.
+PROGRAMS = 132
+# A split of fewer tokens costs more in the reduction than it saves.
+MIN_SPLIT_TOKENS = 32
+# Elements of a tile of keys: 32 per thread of 4 warps. Keys, values and the accumulators then need about 100 registers.
+TILE = 4096
+# tl.dot takes at least 16 rows.
+MIN_DOT_ROWS = 16
+# Splits that the reduction reads at once.
+BLOCK_S = 16
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# Below every score, and finite: exp2(-inf - -inf) would be NaN. A split without tokens has this maximum and weight 0.
+NO_SCORE = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _store(
+    out_ptr, partial_ptr, statistics_ptr, head, mask, d, acc, top, total, split, SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Store rows of acc [G, D] with their maximum and sum [G]: divided, or as partial results of a split."""
+    tile_mask = mask[:, None] & (d < HEAD_DIM)[None, :]
+    if SPLITS == 1:
+        tl.store(out_ptr + head[:, None] * HEAD_DIM + d[None, :], acc / total[:, None], mask=tile_mask)
+    else:
+        slot = head * SPLITS + split
+        tl.store(partial_ptr + slot[:, None] * HEAD_DIM + d[None, :], acc, mask=tile_mask)
+        tl.store(statistics_ptr + 2 * slot, top, mask=mask)
+        tl.store(statistics_ptr + 2 * slot + 1, total, mask=mask)
+
+
+@triton.jit
+def _widen(x, dtype: tl.constexpr):
+    """float8 by float32, which it converts to directly."""
+    if x.dtype == tl.float8e4nv:
+        x = x.to(tl.float32)
+    return x.to(dtype)
+
+
+@triton.jit
+def _tokens_of(position_ptr, tokens, split, SPLITS: tl.constexpr):
+    """Tokens [begin, end) of this split: an equal share of position + 1, whatever the caches hold beyond it."""
+    position = tl.load(position_ptr)
+    tl.device_assert((position >= 0) & (position < tokens), "position is outside of the caches")
+    length = (position + 1).to(tl.int32)
+    share = tl.cdiv(length, SPLITS)
+    begin = split * share
+    return begin, tl.minimum(begin + share, length)
+
+
+@triton.jit
+def decode_one_head_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    position_ptr,
+    out_ptr,
+    partial_ptr,
+    statistics_ptr,
+    tokens,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One query head per program, in COMPUTE throughout. Every one of the BLOCK_N places of a tile runs its own online
+    softmax and they meet at the end, so that the loop needs no reduction across warps."""
+    head = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    begin, end = _tokens_of(position_ptr, tokens, split, SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    # Scaled once, with log2(e) for exp2.
+    q = tl.load(q_ptr + head * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(COMPUTE) * SCALE_LOG2
+    # int64: the caches pass 2^31 elements at 512 rows of 4096 tokens.
+    first = (head // Q_HEADS) * tokens * (KV_HEADS * HEAD_DIM) + (head % Q_HEADS) // (Q_HEADS // KV_HEADS) * HEAD_DIM
+    top = tl.full([BLOCK_N], NO_SCORE, COMPUTE)
+    total = tl.zeros([BLOCK_N], COMPUTE)
+    acc = tl.zeros([BLOCK_N, BLOCK_D], COMPUTE)
+    for start in range(begin, end, BLOCK_N):
+        inside = start + n < end
+        offset = first + (start + n)[:, None] * (KV_HEADS * HEAD_DIM) + d[None, :]
+        mask = inside[:, None] & (d < HEAD_DIM)[None, :]
+        # Both loads before the arithmetic: their latencies overlap.
+        k = tl.load(keys_ptr + offset, mask=mask, other=0.0)
+        v = tl.load(values_ptr + offset, mask=mask, other=0.0)
+        score = tl.where(inside, tl.sum(q[None, :] * _widen(k, COMPUTE), axis=1), -float("inf"))
+        new_top = tl.maximum(top, score)
+        shrink = tl.exp2(top - new_top)
+        weight = tl.exp2(score - new_top)
+        total = total * shrink + weight
+        acc = acc * shrink[:, None] + weight[:, None] * _widen(v, COMPUTE)
+        top = new_top
+    highest = tl.max(top, axis=0)
+    shrink = tl.exp2(top - highest)
+    one = tl.arange(0, 1)
+    _store(
+        out_ptr, partial_ptr, statistics_ptr, head + one, one == 0, d, tl.sum(acc * shrink[:, None], axis=0)[None, :],
+        highest + tl.zeros([1], COMPUTE), tl.sum(total * shrink, axis=0) + tl.zeros([1], COMPUTE), split, SPLITS,
+        HEAD_DIM,
+    )  # fmt: skip
+
+
+@triton.jit
+def decode_group_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    position_ptr,
+    out_ptr,
+    partial_ptr,
+    statistics_ptr,
+    tokens,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """All query heads of one key and value head per program, on the tensor cores with float32 sums."""
+    GROUP: tl.constexpr = Q_HEADS // KV_HEADS
+    pair = tl.program_id(0).to(tl.int64)
+    row, kv_head = pair // KV_HEADS, pair % KV_HEADS
+    split = tl.program_id(1)
+    begin, end = _tokens_of(position_ptr, tokens, split, SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    g = tl.arange(0, BLOCK_G)
+    head = pair * GROUP + g
+    q_mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + head[:, None] * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
+    operand = tl.float32 if UPCAST else q.dtype
+    q = q.to(operand)
+    first = row * tokens * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
+    top = tl.full([BLOCK_G], NO_SCORE, tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        inside = start + n < end
+        offset = first + (start + n)[:, None] * (KV_HEADS * HEAD_DIM) + d[None, :]
+        mask = inside[:, None] & (d < HEAD_DIM)[None, :]
+        k = tl.load(keys_ptr + offset, mask=mask, other=0.0).to(operand)
+        v = tl.load(values_ptr + offset, mask=mask, other=0.0).to(operand)
+        score = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * SCALE_LOG2, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        shrink = tl.exp2(top - new_top)
+        weight = tl.exp2(score - new_top[:, None])
+        total = total * shrink + tl.sum(weight, axis=1)
+        acc = acc * shrink[:, None] + tl.dot(weight.to(operand), v)
+        top = new_top
+    _store(out_ptr, partial_ptr, statistics_ptr, head, g < GROUP, d, acc, top, total, split, SPLITS, HEAD_DIM)
+
+
+@triton.jit
+def reduce_splits_kernel(
+    partial_ptr,
+    statistics_ptr,
+    out_ptr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Sum the splits of one query head per program, always in the same order."""
+    head = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    s = tl.arange(0, BLOCK_S)
+    top = tl.full([BLOCK_S], NO_SCORE, COMPUTE)
+    for start in range(0, SPLITS, BLOCK_S):
+        slot = head * SPLITS + start + s
+        top = tl.maximum(top, tl.load(statistics_ptr + 2 * slot, mask=start + s < SPLITS, other=NO_SCORE))
+    highest = tl.max(top, axis=0)
+    total = tl.zeros([BLOCK_S], COMPUTE)
+    acc = tl.zeros([BLOCK_S, BLOCK_D], COMPUTE)
+    for start in range(0, SPLITS, BLOCK_S):
+        slot = head * SPLITS + start + s
+        inside = start + s < SPLITS
+        shrink = tl.exp2(tl.load(statistics_ptr + 2 * slot, mask=inside, other=NO_SCORE) - highest)
+        total += shrink * tl.load(statistics_ptr + 2 * slot + 1, mask=inside, other=0.0)
+        mask = inside[:, None] & (d < HEAD_DIM)[None, :]
+        partial = tl.load(partial_ptr + slot[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
+        acc += shrink[:, None] * partial
+    tl.store(out_ptr + head * HEAD_DIM + d, tl.sum(acc, axis=0) / tl.sum(total, axis=0), mask=d < HEAD_DIM)
+
+
+def split_count(programs: int, max_length: int) -> int:
+    """Splits of up to max_length tokens, where there are `programs` programs without: enough to fill the GPU, as far as
+    each keeps MIN_SPLIT_TOKENS."""
+    return min(triton.cdiv(PROGRAMS, programs), triton.cdiv(max_length, MIN_SPLIT_TOKENS))
+
+
+def decode_attention_triton(
+    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float, max_length: int
+) -> Tensor:
+    """Launch over contiguous tensors, as checked by `fastlatent.ops.decode_attention.decode_attention`."""
+    rows, q_heads, head_dim = q.shape
+    tokens, kv_heads = keys.shape[1:3]
+    out = torch.empty_like(q)
+    if rows == 0:
+        return out  # a CUDA grid cannot be empty
+    assert tokens * kv_heads * head_dim < 2**31, "offsets within a row are int32"
+    group = q_heads // kv_heads
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    # A tensor core's 16 rows are wasted on a single head, and its operands have 16 bits. There, and for wider types, a
+    # program takes one query head; those of a group then read the same keys from L2.
+    grouped = group > 1 and q.element_size() == 2 and keys.element_size() <= 2
+    heads = kv_heads if grouped else q_heads
+    splits = split_count(rows * heads, max_length)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    partial = statistics = None
+    if splits > 1:
+        partial = q.new_empty((rows, q_heads, splits, head_dim), dtype=compute)
+        statistics = q.new_empty((rows, q_heads, splits, 2), dtype=compute)
+    arguments = (q, keys, values, position, out, partial, statistics, tokens)
+    sizes = {
+        "Q_HEADS": q_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "SCALE_LOG2": scale / math.log(2),
+        "SPLITS": splits, "BLOCK_N": TILE // block_d, "BLOCK_D": block_d,
+    }  # fmt: skip
+    compute_tl = tl.float64 if compute == torch.float64 else tl.float32
+    grid = (rows * heads, splits)
+    if grouped:
+        block_g = max(MIN_DOT_ROWS, triton.next_power_of_2(group))
+        decode_group_kernel[grid](*arguments, **sizes, BLOCK_G=block_g, UPCAST=interpreting, **OPTIONS)
+    else:
+        decode_one_head_kernel[grid](*arguments, **sizes, COMPUTE=compute_tl, **OPTIONS)
+    if splits > 1:
+        reduce_splits_kernel[(rows * q_heads,)](
+            partial,
+            statistics,
+            out,
+            HEAD_DIM=head_dim,
+            SPLITS=splits,
+            BLOCK_S=BLOCK_S,
+            BLOCK_D=block_d,
+            COMPUTE=compute_tl,
+            **OPTIONS,
+        )
+    return out
+
+
+def aot_cases() -> list[dict]:
+    """Real sizes to compile ahead of time; float8 needs compute capability 8.9."""
+    cases = []
+    pointers = ("q_ptr", "keys_ptr", "values_ptr", "position_ptr", "out_ptr", "partial_ptr", "statistics_ptr")
+
+    def add(name: str, kernel: object, dtypes: dict[str, str], constants: dict, capability: int) -> None:
+        constexprs = {key: value for key, value in constants.items() if key not in dtypes}
+        signature = {key: "constexpr" if value is None else value for key, value in dtypes.items()}
+        cases.append(
+            {
+                "name": f"decode_attention {name}",
+                "kernel": kernel,
+                "signature": signature | dict.fromkeys(constexprs, "constexpr"),
+                "constants": constants,
+                "attrs": {(i,): [["tt.divisibility", 16]] for i, value in enumerate(dtypes.values()) if value},
+                "options": dict(OPTIONS),
+                "wgmma": False,  # 16 rows of queries: mma.sync
+                "min_capability": capability,
+            }
+        )
+
+    for head_dim in (64, 128):
+        for cache, capability in (("bf16", 80), ("fp8e4nv", 89)):
+            for kv_heads in (16, 4):
+                for splits in (1, 4):
+                    dtypes: dict = dict.fromkeys(pointers, "*bf16") | {"tokens": "i32"}
+                    dtypes |= {"position_ptr": "*i64", "keys_ptr": "*" + cache, "values_ptr": "*" + cache}
+                    dtypes |= dict.fromkeys(pointers[-2:], "*fp32" if splits > 1 else None)
+                    constants = {key: None for key, value in dtypes.items() if value is None} | {
+                        "Q_HEADS": 16, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
+                        "SCALE_LOG2": head_dim**-0.5 / math.log(2), "SPLITS": splits, "BLOCK_N": TILE // head_dim,
+                        "BLOCK_D": head_dim,
+                    }  # fmt: skip
+                    name = f"{cache} D{head_dim} 16/{kv_heads} splits {splits}"
+                    if kv_heads == 16:
+                        add(name, decode_one_head_kernel, dtypes, constants | {"COMPUTE": tl.float32}, capability)
+                    else:
+                        constants |= {"BLOCK_G": MIN_DOT_ROWS, "UPCAST": False}
+                        add(name, decode_group_kernel, dtypes, constants, capability)
+        dtypes = {"partial_ptr": "*fp32", "statistics_ptr": "*fp32", "out_ptr": "*bf16"}
+        constants = {"HEAD_DIM": head_dim, "SPLITS": 5, "BLOCK_S": BLOCK_S, "BLOCK_D": head_dim, "COMPUTE": tl.float32}
+        add(f"reduce D{head_dim}", reduce_splits_kernel, dtypes, constants, 80)
+    return cases
