@@ -141,6 +141,11 @@ inline __attribute__((always_inline)) void add_products(const float* x, int64_t 
   }
 }
 
+// The hardware's prefetcher follows N short streams badly: each turn asks for as many lines as it reads, one block and
+// this far ahead, into the second-level cache. (2 rows of 1024, one core: bfloat16 9 to 20 GB/s, int8 5 to 16; float32
+// 15 to 21. Into the first-level cache 5 GB/s slower but for int8.)
+constexpr int64_t kAheadBytes = 4096;
+
 // R rows times N rows of the weight.
 template <int R, int N, class W>
 __attribute__((noinline)) void dot_block(const float* x, int64_t x_stride, int64_t length, const W* weight,
@@ -149,10 +154,10 @@ __attribute__((noinline)) void dot_block(const float* x, int64_t x_stride, int64
   FASTLATENT_UNROLL for (int r = 0; r < R; ++r) {
     FASTLATENT_UNROLL for (int n = 0; n < N; ++n) sums[r][n] = Floats{};
   }
-  const char* ahead = reinterpret_cast<const char*>(weight + N * length) + PFD;
+  const char* ahead = reinterpret_cast<const char*>(weight + N * length) + kAheadBytes;
   int64_t i = 0;
   for (; i + kLanes <= length; i += kLanes) {
-    for (size_t b = 0; b < N * kLanes * sizeof(W); b += 64) __builtin_prefetch(ahead + i * N * sizeof(W) + b, 0, PFL);
+    for (size_t b = 0; b < N * kLanes * sizeof(W); b += 64) __builtin_prefetch(ahead + i * N * sizeof(W) + b, 0, 2);
     add_products<R, N>(x + i, x_stride, weight + i, length, kLanes, sums);
   }
   if (i < length) add_products<R, N>(x + i, x_stride, weight + i, length, length - i, sums);

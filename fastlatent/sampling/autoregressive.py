@@ -285,12 +285,16 @@ def _share(model: Transformer, weights: HeadWeights) -> None:
     """Make the model's head parameters views of the packed weights, so that they are in memory once."""
     hidden, width = weights.hidden_size, weights.down_weight.shape[2]
     modulations = weights.modulation_weight.split([3 * hidden] * weights.blocks + [2 * hidden])
-    for i, block in enumerate(model.diffusion_blocks):
-        block.mlp.fc1.weight.data = weights.up_weight[i, :width]
-        block.mlp.gate.weight.data = weights.up_weight[i, width:]
-        block.mlp.fc2.weight.data = weights.down_weight[i]
-        block.adaLN_modulation[1].weight.data = modulations[i]
-    model.final_layer.adaLN_modulation[1].weight.data = modulations[-1]
+    views = {"final_layer.adaLN_modulation.1.weight": modulations[-1]}
+    for i in range(weights.blocks):
+        views |= {
+            f"diffusion_blocks.{i}.mlp.fc1.weight": weights.up_weight[i, :width],
+            f"diffusion_blocks.{i}.mlp.gate.weight": weights.up_weight[i, width:],
+            f"diffusion_blocks.{i}.mlp.fc2.weight": weights.down_weight[i],
+            f"diffusion_blocks.{i}.adaLN_modulation.1.weight": modulations[i],
+        }
+    for name, view in views.items():
+        model.get_parameter(name).data = view
 
 
 def _bucket(rows: int) -> int:

@@ -46,11 +46,16 @@ def doctor(config: DoctorConfig) -> int:
             if finding.remedy:
                 print(f"  {'':<18}   remedy: {finding.remedy}")
     device = "cuda" if cuda and not cuda.remedy else "cpu"
-    step = "Triton kernel" if device == "cuda" else "compiled CPU kernel"
+    kernels = "Triton kernels" if device == "cuda" else "compiled CPU kernels for few rows, torch for many"
     print("\npaths taken on this machine:")
     print(f"  encode   Pillow decode and crop on the CPU, autoencoder in eager torch on {device}")
     print(f"  train    rows gathered by the compiled CPU kernel, eager torch on {device}, SDPA attention")
-    print(f"  sample   eager torch on {device} (--compile: torch.compile), SDPA attention, solver step: {step}")
+    print(f"  sample   head: {kernels}" + ("; a CUDA graph per token" if device == "cuda" else ""))
+    if not any(finding.remedy for finding in needed):
+        from fastlatent.sampling.attention import choose_attention
+
+        half = importlib.import_module("torch").bfloat16
+        print(f"           {choose_attention(device, half, 64, half).describe()}")
     print(f"  decode   autoencoder in eager torch on {device}")
     return 1 if any(finding.remedy for finding in needed) else 0
 
@@ -64,7 +69,7 @@ def _library() -> Finding:
         )
     if library is None:
         return Finding("compiled library", "missing", "build it: pip install . (a C++17 compiler is needed)")
-    return Finding("compiled library", "libfastlatent_cpu.so: gather_rows, solver_step")
+    return Finding("compiled library", "libfastlatent_cpu.so: diffusion_head_sample, gather_rows, linear, solver_step")
 
 
 def _torch() -> Finding:
