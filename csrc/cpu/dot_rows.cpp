@@ -108,15 +108,16 @@ inline void store(float* p, Floats value, int64_t count) {
 }
 
 // The lanes' sum by halves. Without the address of v, which would put the caller's sums into memory.
-#if defined(__AVX512F__)
-inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
-#elif defined(__AVX2__)
-inline float sum(Floats v) {
-  const Vector<float, 4> half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  return (half[0] + half[2]) + (half[1] + half[3]);
+inline float sum(Vector<float, 4> v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+#ifdef __AVX2__
+inline float sum(__m256 v) {
+  return sum(Vector<float, 4>(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1))));
 }
-#else
-inline float sum(Floats v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+#endif
+#ifdef __AVX512F__
+inline float sum(__m512 v) {
+  return sum(_mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, v, 0), _mm512_maskz_extractf32x8_ps(0xff, v, 1)));
+}
 #endif
 
 // Calls f(i, count) for each vector of [0, length); the count is a constant but for the last.

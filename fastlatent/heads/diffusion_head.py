@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,10 +21,10 @@ from torch import Tensor
 from fastlatent.diffusion.solvers import SolverTable
 from fastlatent.heads.families import FoldedHead, fold_head
 from fastlatent.ops import diffusion_head_sample as op
+from fastlatent.ops.linear import quantize_rows
 
 INDEX = "model.safetensors.index.json"
 TIME_NORM_EPS = 1e-5
-INT8_MAX = 127
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -255,8 +256,8 @@ class DiffusionHead(FoldedHead):
         weights = self.weights
         if weights.up_scale is not None:
             raise ValueError("DiffusionHead.quantize_int8: expected weights of floating point, got int8")
-        up, up_scale = _quantized(weights.up_weight, weights.state_dtype)
-        down, down_scale = _quantized(weights.down_weight, weights.state_dtype)
+        up, up_scale = quantize_rows(weights.up_weight)
+        down, down_scale = quantize_rows(weights.down_weight)
         return replace(
             self,
             weights=replace(weights, up_weight=up, up_scale=up_scale, down_weight=down, down_scale=down_scale),
@@ -288,26 +289,29 @@ class DiffusionHead(FoldedHead):
             raise ValueError(
                 f"DiffusionHead.sample: expected null_cond, the unconditional branch, for guidance_scale {scales[0]}"
             )
-        batch, values = len(cond), []
         for branch in nulls:
-            self._check("sample", "null_cond", branch, batch, self.spec.condition_channels)
-        for value in scales:
-            if not isinstance(value, Tensor):
-                if not isinstance(value, (int, float)) or not math.isfinite(value):
-                    raise ValueError(f"DiffusionHead.sample: expected a finite guidance_scale, got {value!r}")
-                value = torch.full((batch,), float(value), dtype=torch.float64, device=self.weights.device)
-            self._check_device("sample", "guidance_scale", value)
-            if value.shape not in ((), (batch,)):
-                raise ValueError(f"DiffusionHead.sample: expected guidance_scale [{batch}], got {list(value.shape)}")
-            values.append(value.double().expand(batch))
+            self._check("sample", "null_cond", branch, len(cond), self.spec.condition_channels)
+        for i, value in enumerate(scales):
+            if isinstance(value, Tensor):
+                self._check_device("sample", "guidance_scale", value)
+                if value.shape not in ((), (len(cond),)):
+                    raise ValueError(
+                        f"DiffusionHead.sample: expected guidance_scale [{len(cond)}], got {list(value.shape)}"
+                    )
+                scales[i] = value.double()
+            elif not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"DiffusionHead.sample: expected a finite guidance_scale, got {value!r}")
         # A scale of 1 leaves the conditional branch alone; asking a tensor would wait for the device.
         if plain:
-            nulls, guidance = [], values[:1]
+            nulls, ways = [], scales[:1]
         elif len(nulls) == 1:
-            guidance = [values[0], 1 - values[0]]
+            ways = [scales[0], 1 - scales[0]]
         else:
-            guidance = [values[0], values[1] - values[0], 1 - values[1]]
-        return [cond, *nulls], torch.stack(guidance).to(self.weights.state_dtype)
+            ways = [scales[0], scales[1] - scales[0], 1 - scales[1]]
+        guidance = torch.empty(len(ways), len(cond), dtype=self.weights.state_dtype, device=self.weights.device)
+        for row, way in zip(guidance, ways, strict=True):
+            row[...] = way
+        return [cond, *nulls], guidance
 
     def _check(self, function: str, name: str, tensor: Any, *shape: int | None) -> None:
         """A floating tensor of that shape on the head's device; None stands for any size."""
@@ -327,15 +331,6 @@ class DiffusionHead(FoldedHead):
             raise ValueError(
                 f"DiffusionHead.{function}: expected {name} on {self.weights.device}, got it on {tensor.device}"
             )
-
-
-def _quantized(weight: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[L, rows, columns] → int8 of the same shape and scales [L, rows]."""
-    wide = weight.double()
-    scale = (wide.abs().amax(-1) / INT8_MAX).to(scale_dtype)
-    scale = torch.where(scale == 0, 1.0, scale)
-    quotient = wide / scale[..., None].double()
-    return quotient.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
 @contextmanager

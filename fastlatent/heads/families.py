@@ -277,7 +277,9 @@ class _Reader:
         return weight, bias
 
     def rounded_linear(self, name: str, has_bias: bool) -> tuple[Tensor, Tensor]:
-        return self.rounded(name, *self.linear(name, has_bias))
+        """New tensors: a head shares none with the state, which may be a file's pages."""
+        weight, bias = self.linear(name, has_bias)
+        return self.rounded(name, weight.clone(), bias.clone())
 
 
 def _fold(spec: HeadSpec, layout: Layout, reader: _Reader) -> FoldedHead:

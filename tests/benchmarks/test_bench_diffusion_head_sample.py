@@ -13,7 +13,6 @@ import torch
 
 from fastlatent.ops.diffusion_head_sample import HeadWeights, head_reference, modulation_chunks
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
 # The three kinds of published heads, small. 5 steps: all orders of DPM-Solver++ occur. One block: less to compile.
 TINY = {
     "rms": bench.Head(64, 96, 2, 4, "dpmsolver++", 5, eps=1e-5),
@@ -22,10 +21,15 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("head", "compiled"),
-    [*((name, False) for name in TINY), ("variance", True)],  # one through Inductor: seconds for each
+    ("head", "compiled", "device"),
+    [
+        *((head, False, "cpu") for head in TINY),
+        *(pytest.param(head, False, "cuda", marks=pytest.mark.needs_cuda) for head in TINY),
+        # Through Inductor, which takes 10 s: ahead of a measurement on a GPU, and in `make soak`.
+        pytest.param("variance", True, "cpu", marks=pytest.mark.soak),
+        pytest.param("variance", True, "cuda", marks=pytest.mark.needs_cuda),
+    ],
 )
 def test_providers_agree(monkeypatch, head, compiled, device):
     monkeypatch.setattr(bench, "HEADS", TINY)
