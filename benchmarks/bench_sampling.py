@@ -4,7 +4,8 @@ Weights are random: N(0, 0.02) everywhere, also where training starts from zero.
 is two rows of the network; 20 steps of DPM-Solver++. A call samples the tokens 127 and 128 of 256 (from 0) on a
 cache filled with noise: they attend to 128.5 tokens on average, as the tokens of a whole sequence do.
 
-fastlatent           `NextTokenSampler`; `fastlatent-compiled` with compile=True
+fastlatent           `NextTokenSampler`; `fastlatent-compiled` with compile=True; `fastlatent-int8` (CPU) with int8
+                     weights: another result, so no rival's equal
 plain-eager          the published loop, written down below: modulations and timestep embedding inside the loop,
                      a scheduler object set up for every token, 2·B rows all the way. Where diffusers is installed
                      the scheduler is its DPMSolverMultistepScheduler (`plain-eager-diffusers`). RoPE and timestep
@@ -135,7 +136,7 @@ class PlainSampler:
         self.scheduler = scheduler()
         self.backbone, self.head = wrap(self.backbone_step), wrap(self.head_step)
 
-    def backbone_step(self, h: Tensor, position: int, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def backbone_step(self, h: Tensor, position: int, cache: Tensor) -> Tensor:
         config, end = self.model.config, position + 1
         cos, sin = self.cos[position], self.sin[position]
         h = h[:, None]
@@ -226,7 +227,7 @@ def sizes(name: str) -> tuple[int, int, int]:
 def make_case(model: str, dtype: str, batch: int, device: str) -> harness.Case:
     positions = window(CONFIGS[model])
     providers = ("fastlatent", "fastlatent-compiled", PLAIN, "plain-compiled")
-    providers += ("plain-reduce-overhead", "plain-graph") if device == "cuda" else ()
+    providers += ("plain-reduce-overhead", "plain-graph") if device == "cuda" else ("fastlatent-int8",)
     return harness.Case(
         "sampling",
         {
@@ -287,29 +288,31 @@ def prepare(case: harness.Case, std: float = 0.02) -> Iterator[harness.Prepared]
     shape = (batch, config.in_channels)
     # As in the engine. An ordinary tensor among them would cost the compiled rivals one more compilation.
     with torch.inference_mode():
-        # Providers take turns on one cache; each writes the same tokens.
-        cache = model.new_cache(2 * batch)
-        for keys, values in cache:
-            keys.normal_()
-            values.normal_()
+        # [depth, 2 (keys and values), rows, Hkv, N, D]
+        sizes_of_cache = (config.depth, 2, 2 * batch, config.num_kv_heads, config.num_tokens, config.head_dim)
+        cache = torch.randn(sizes_of_cache, device=device, dtype=getattr(torch, case.dtype))
         first, *noise = (torch.randn(shape, device=device) for _ in range(1 + TOKENS))
         first = first.to(model.condition_layer.linear.weight)
         plain_noise = [z.repeat(2, 1).to(first) for z in noise]
 
-    def fastlatent(compile: bool = False) -> Callable[[], list[Tensor]]:
+    def fastlatent(**options: bool) -> Callable[[], list[Tensor]]:
         table = build_table("dpmsolver++", STEPS, "v_prediction", "cosine")
-        sampler = NextTokenSampler(model, table, cfg_scale=CFG_SCALE, compile=compile)
-        guidance = torch.tensor([[CFG_SCALE], [1 - CFG_SCALE]], device=device).expand(2, batch).contiguous()
+        sampler = NextTokenSampler(model, table, cfg_scale=CFG_SCALE, **options)
+        grid = torch.zeros(batch, config.num_tokens, config.in_channels)
+        for z, position in zip(noise, positions, strict=True):
+            grid[:, position] = z
+        with torch.inference_mode():
+            buffers = sampler._start(torch.zeros(batch, dtype=torch.int64), grid)
+            buffers.cache.keys.copy_(cache[:, 0].transpose(2, 3))
+            buffers.cache.values.copy_(cache[:, 1].transpose(2, 3))
 
         @torch.inference_mode()
         def run() -> list[Tensor]:
-            tokens, previous = [], first
-            for z, position in zip(noise, positions, strict=True):
-                h = model.x_embedder(previous.to(first.dtype)).repeat(sampler.ways, 1)
-                condition = sampler._step(h, position, cache)
-                previous = sampler._token(condition, z, guidance, 0, 0, position)
-                tokens.append(previous)
-            return tokens
+            buffers.position.fill_(positions[0])
+            buffers.h.copy_(model.x_embedder(first).repeat(sampler.ways, 1))
+            for position in positions:
+                sampler._advance(buffers, position, sampler._steps[position])
+            return [buffers.latents[:, position].clone() for position in positions]
 
         return run
 
@@ -350,6 +353,7 @@ def prepare(case: harness.Case, std: float = 0.02) -> Iterator[harness.Prepared]
     factories = {
         "fastlatent": fastlatent,
         "fastlatent-compiled": lambda: fastlatent(compile=True),
+        "fastlatent-int8": lambda: fastlatent(int8=True),
         PLAIN: plain,
         "plain-compiled": lambda: plain(torch.compile),
         "plain-reduce-overhead": lambda: plain(reduce_overhead),
@@ -394,7 +398,7 @@ def test_providers_agree(monkeypatch):
             error = float((torch.stack(providers[name]()()) - want).abs().max() / want.abs().max())
             assert error < 1e-4, f"{name}: {error}"
 
-        for name in set(case.providers) - {"fastlatent", "floor", "floor-once"}:
+        for name in set(case.providers) - {"fastlatent", "fastlatent-int8", "floor", "floor-once"}:
             check(name)
         monkeypatch.setitem(globals(), "HAS_DIFFUSERS", False)  # PlainScheduler
         check(PLAIN)

@@ -15,11 +15,13 @@ PROGRAMS = 132
 # A split of fewer tokens costs more in the reduction than it saves.
 MIN_SPLIT_TOKENS = 32
 # Elements of a tile of keys: 32 per thread of 4 warps. Keys, values and the accumulators then need about 100 registers.
-TILE = 4096
+TILE = 2048
 # tl.dot takes at least 16 rows.
 MIN_DOT_ROWS = 16
 # Splits that the reduction reads at once.
 BLOCK_S = 16
+ARCHES = (80, 86, 89, 90, 100, 120)
+FLOAT8_ARCHES = ARCHES[2:]
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 # Below every score, and finite: exp2(-inf - -inf) would be NaN. A split without tokens has this maximum and weight 0.
 NO_SCORE = tl.constexpr(-1e30)
@@ -27,18 +29,21 @@ NO_SCORE = tl.constexpr(-1e30)
 
 @triton.jit
 def _store(
-    out_ptr, partial_ptr, statistics_ptr, head, mask, d, acc, top, total, split, SPLITS: tl.constexpr,
+    out_ptr, partial_ptr, statistics_ptr, head, g, mask, d, acc, top, total, split, SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Store rows of acc [G, D] with their maximum and sum [G]: divided, or as partial results of a split."""
+    """Store acc [G, D] of heads head + g with their maximum and sum [G]: divided, or as partial results of a split."""
     tile_mask = mask[:, None] & (d < HEAD_DIM)[None, :]
     if SPLITS == 1:
-        tl.store(out_ptr + head[:, None] * HEAD_DIM + d[None, :], acc / total[:, None], mask=tile_mask)
+        out_ptr += head * HEAD_DIM
+        tl.store(out_ptr + g[:, None] * HEAD_DIM + d[None, :], acc / total[:, None], mask=tile_mask)
     else:
         slot = head * SPLITS + split
-        tl.store(partial_ptr + slot[:, None] * HEAD_DIM + d[None, :], acc, mask=tile_mask)
-        tl.store(statistics_ptr + 2 * slot, top, mask=mask)
-        tl.store(statistics_ptr + 2 * slot + 1, total, mask=mask)
+        partial_ptr += slot * HEAD_DIM
+        statistics_ptr += 2 * slot
+        tl.store(partial_ptr + g[:, None] * (SPLITS * HEAD_DIM) + d[None, :], acc, mask=tile_mask)
+        tl.store(statistics_ptr + 2 * SPLITS * g, top, mask=mask)
+        tl.store(statistics_ptr + 2 * SPLITS * g + 1, total, mask=mask)
 
 
 @triton.jit
@@ -88,14 +93,16 @@ def decode_one_head_kernel(
     n = tl.arange(0, BLOCK_N)
     # Scaled once, with log2(e) for exp2.
     q = tl.load(q_ptr + head * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(COMPUTE) * SCALE_LOG2
-    # int64: the caches pass 2^31 elements at 512 rows of 4096 tokens.
+    # int64: the caches pass 2^31 elements at 512 rows of 4096 tokens. Within a row int32 does, of fewer registers.
     first = (head // Q_HEADS) * tokens * (KV_HEADS * HEAD_DIM) + (head % Q_HEADS) // (Q_HEADS // KV_HEADS) * HEAD_DIM
+    keys_ptr += first
+    values_ptr += first
     top = tl.full([BLOCK_N], NO_SCORE, COMPUTE)
     total = tl.zeros([BLOCK_N], COMPUTE)
     acc = tl.zeros([BLOCK_N, BLOCK_D], COMPUTE)
     for start in range(begin, end, BLOCK_N):
         inside = start + n < end
-        offset = first + (start + n)[:, None] * (KV_HEADS * HEAD_DIM) + d[None, :]
+        offset = (start + n)[:, None] * (KV_HEADS * HEAD_DIM) + d[None, :]
         mask = inside[:, None] & (d < HEAD_DIM)[None, :]
         # Both loads before the arithmetic: their latencies overlap.
         k = tl.load(keys_ptr + offset, mask=mask, other=0.0)
@@ -111,7 +118,7 @@ def decode_one_head_kernel(
     shrink = tl.exp2(top - highest)
     one = tl.arange(0, 1)
     _store(
-        out_ptr, partial_ptr, statistics_ptr, head + one, one == 0, d, tl.sum(acc * shrink[:, None], axis=0)[None, :],
+        out_ptr, partial_ptr, statistics_ptr, head, one, one == 0, d, tl.sum(acc * shrink[:, None], axis=0)[None, :],
         highest + tl.zeros([1], COMPUTE), tl.sum(total * shrink, axis=0) + tl.zeros([1], COMPUTE), split, SPLITS,
         HEAD_DIM,
     )  # fmt: skip
@@ -146,18 +153,20 @@ def decode_group_kernel(
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     g = tl.arange(0, BLOCK_G)
-    head = pair * GROUP + g
+    q_ptr += pair * (GROUP * HEAD_DIM)
     q_mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + head[:, None] * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
+    q = tl.load(q_ptr + g[:, None] * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
     operand = tl.float32 if UPCAST else q.dtype
     q = q.to(operand)
     first = row * tokens * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
+    keys_ptr += first
+    values_ptr += first
     top = tl.full([BLOCK_G], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_N):
         inside = start + n < end
-        offset = first + (start + n)[:, None] * (KV_HEADS * HEAD_DIM) + d[None, :]
+        offset = (start + n)[:, None] * (KV_HEADS * HEAD_DIM) + d[None, :]
         mask = inside[:, None] & (d < HEAD_DIM)[None, :]
         k = tl.load(keys_ptr + offset, mask=mask, other=0.0).to(operand)
         v = tl.load(values_ptr + offset, mask=mask, other=0.0).to(operand)
@@ -168,7 +177,9 @@ def decode_group_kernel(
         total = total * shrink + tl.sum(weight, axis=1)
         acc = acc * shrink[:, None] + tl.dot(weight.to(operand), v)
         top = new_top
-    _store(out_ptr, partial_ptr, statistics_ptr, head, g < GROUP, d, acc, top, total, split, SPLITS, HEAD_DIM)
+    _store(
+        out_ptr, partial_ptr, statistics_ptr, pair * GROUP, g, g < GROUP, d, acc, top, total, split, SPLITS, HEAD_DIM
+    )
 
 
 @triton.jit
@@ -265,7 +276,7 @@ def aot_cases() -> list[dict]:
     cases = []
     pointers = ("q_ptr", "keys_ptr", "values_ptr", "position_ptr", "out_ptr", "partial_ptr", "statistics_ptr")
 
-    def add(name: str, kernel: object, dtypes: dict[str, str], constants: dict, capability: int) -> None:
+    def add(name: str, kernel: object, dtypes: dict[str, str], constants: dict, arches: tuple[int, ...]) -> None:
         constexprs = {key: value for key, value in constants.items() if key not in dtypes}
         signature = {key: "constexpr" if value is None else value for key, value in dtypes.items()}
         cases.append(
@@ -277,12 +288,12 @@ def aot_cases() -> list[dict]:
                 "attrs": {(i,): [["tt.divisibility", 16]] for i, value in enumerate(dtypes.values()) if value},
                 "options": dict(OPTIONS),
                 "wgmma": False,  # 16 rows of queries: mma.sync
-                "min_capability": capability,
+                "arches": arches,
             }
         )
 
     for head_dim in (64, 128):
-        for cache, capability in (("bf16", 80), ("fp8e4nv", 89)):
+        for cache, arches in (("bf16", ARCHES), ("fp8e4nv", FLOAT8_ARCHES)):
             for kv_heads in (16, 4):
                 for splits in (1, 4):
                     dtypes: dict = dict.fromkeys(pointers, "*bf16") | {"tokens": "i32"}
@@ -295,11 +306,11 @@ def aot_cases() -> list[dict]:
                     }  # fmt: skip
                     name = f"{cache} D{head_dim} 16/{kv_heads} splits {splits}"
                     if kv_heads == 16:
-                        add(name, decode_one_head_kernel, dtypes, constants | {"COMPUTE": tl.float32}, capability)
+                        add(name, decode_one_head_kernel, dtypes, constants | {"COMPUTE": tl.float32}, arches)
                     else:
                         constants |= {"BLOCK_G": MIN_DOT_ROWS, "UPCAST": False}
-                        add(name, decode_group_kernel, dtypes, constants, capability)
+                        add(name, decode_group_kernel, dtypes, constants, arches)
         dtypes = {"partial_ptr": "*fp32", "statistics_ptr": "*fp32", "out_ptr": "*bf16"}
         constants = {"HEAD_DIM": head_dim, "SPLITS": 5, "BLOCK_S": BLOCK_S, "BLOCK_D": head_dim, "COMPUTE": tl.float32}
-        add(f"reduce D{head_dim}", reduce_splits_kernel, dtypes, constants, 80)
+        add(f"reduce D{head_dim}", reduce_splits_kernel, dtypes, constants, ARCHES)
     return cases

@@ -118,7 +118,7 @@ def aot_cases() -> list[dict]:
                         "attrs": {(i,): [["tt.divisibility", 16]] for i in range(8)},
                         "options": {"num_warps": WARPS, "enable_fp_fusion": False},
                         "wgmma": False,
-                        "min_capability": 89 if cache == "fp8e4nv" else 80,
+                        "arches": (89, 90, 100, 120) if cache == "fp8e4nv" else (80, 86, 89, 90, 100, 120),
                     }
                 )
     return cases

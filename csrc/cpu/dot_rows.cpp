@@ -128,17 +128,15 @@ inline void for_vectors(int64_t length, F&& f) {
   if (i < length) f(i, length - i);
 }
 
-// Every loop over rows is unrolled, so that each of the R * N sums has a register.
-#define FASTLATENT_UNROLL _Pragma("GCC unroll 4")
-
+// The R * N sums have a register each: the compiler unrolls these loops, and nothing takes a sum's address.
 template <int R, int N, class W>
 inline __attribute__((always_inline)) void add_products(const float* x, int64_t x_stride, const W* weight,
                                                         int64_t length, int64_t count, Floats (&sums)[R][N]) {
   Floats rows[R];
-  FASTLATENT_UNROLL for (int r = 0; r < R; ++r) rows[r] = load(x + r * x_stride, count);
-  FASTLATENT_UNROLL for (int n = 0; n < N; ++n) {
+  for (int r = 0; r < R; ++r) rows[r] = load(x + r * x_stride, count);
+  for (int n = 0; n < N; ++n) {
     const Floats w = load(weight + n * length, count);
-    FASTLATENT_UNROLL for (int r = 0; r < R; ++r) sums[r][n] += rows[r] * w;
+    for (int r = 0; r < R; ++r) sums[r][n] += rows[r] * w;
   }
 }
 
@@ -151,10 +149,7 @@ constexpr int64_t kAheadBytes = 4096;
 template <int R, int N, class W>
 __attribute__((noinline)) void dot_block(const float* x, int64_t x_stride, int64_t length, const W* weight,
                                          const float* scale, const float* bias, float* out, int64_t out_stride) {
-  Floats sums[R][N];
-  FASTLATENT_UNROLL for (int r = 0; r < R; ++r) {
-    FASTLATENT_UNROLL for (int n = 0; n < N; ++n) sums[r][n] = Floats{};
-  }
+  Floats sums[R][N] = {};
   const char* ahead = reinterpret_cast<const char*>(weight + N * length) + kAheadBytes;
   int64_t i = 0;
   for (; i + kLanes <= length; i += kLanes) {
@@ -162,8 +157,8 @@ __attribute__((noinline)) void dot_block(const float* x, int64_t x_stride, int64
     add_products<R, N>(x + i, x_stride, weight + i, length, kLanes, sums);
   }
   if (i < length) add_products<R, N>(x + i, x_stride, weight + i, length, length - i, sums);
-  FASTLATENT_UNROLL for (int r = 0; r < R; ++r) {
-    FASTLATENT_UNROLL for (int n = 0; n < N; ++n) {
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) {
       const float total = sum(sums[r][n]);
       out[r * out_stride + n] = bias[n] + (scale ? scale[n] * total : total);
     }

@@ -55,7 +55,8 @@ class SolverTable:
 
         DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, DDIMScheduler, DDPMScheduler and
         FlowMatchEulerDiscreteScheduler, or copies of them under the same names, with all their options but dynamic
-        thresholding, `variance_type` other than the DDPM scheduler's and dynamic shifting of DPMSolver.
+        thresholding, a `variance_type` other than the DDPM scheduler's, dynamic shifting of DPMSolver, and the beta
+        schedules sigmoid and laplace.
 
         Timesteps are the scheduler's. Coefficients are computed in float64 from its config, not from its own
         float32 tables, so results are more exact than diffusers' and differ by its rounding.

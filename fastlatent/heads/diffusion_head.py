@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastlatent.diffusion.solvers import SolverTable
 from fastlatent.heads.families import FoldedHead, fold_head
-from fastlatent.ops import diffusion_head_sample as op
+from fastlatent.ops.diffusion_head_sample import PATHS, diffusion_head_sample, head_reference
+from fastlatent.ops.diffusion_head_sample import Path as OpPath
 from fastlatent.ops.linear import quantize_rows
 
 INDEX = "model.safetensors.index.json"
@@ -180,7 +181,7 @@ class DiffusionHead(FoldedHead):
         weights = self.weights
         y = self.project(condition).to(weights.state_dtype) + self.time_embedding(times)
         modulations = F.linear(F.silu(y).to(weights.dtype), weights.modulation_weight) + weights.modulation_bias
-        return op.head_reference(x.to(weights.state_dtype), modulations.to(weights.dtype)[None], weights)[0]
+        return head_reference(x.to(weights.state_dtype), modulations.to(weights.dtype)[None], weights)[0]
 
     @torch.no_grad()
     def sample(
@@ -193,7 +194,7 @@ class DiffusionHead(FoldedHead):
         noise: Tensor | None = None,
         step_noise: Tensor | None = None,
         generator: torch.Generator | None = None,
-        path: op.Path = "auto",
+        path: OpPath = "auto",
         published: bool = False,
     ) -> Tensor:
         """Denoise one token for every condition; the whole loop is one op.
@@ -221,8 +222,8 @@ class DiffusionHead(FoldedHead):
                 f"DiffusionHead.sample: expected solver to be a SolverTable, got {type(solver).__name__}; "
                 "fastlatent.diffusion.solvers.build_table makes one"
             )
-        if path not in op.PATHS:
-            raise ValueError(f"DiffusionHead.sample: expected a path of {', '.join(op.PATHS)}, got {path!r}")
+        if path not in PATHS:
+            raise ValueError(f"DiffusionHead.sample: expected a path of {', '.join(PATHS)}, got {path!r}")
         self._check("sample", "cond", cond, None, self.spec.condition_channels)
         batch, channels, steps = len(cond), self.spec.channels, len(solver.rows)
         branches, guidance = self._guidance(cond, null_cond, guidance_scale)
@@ -241,7 +242,7 @@ class DiffusionHead(FoldedHead):
         state[0] = noise
         rows, t_embedding = self._prepare(solver, published)
         condition = self.project(torch.stack([branch.to(self.weights.dtype) for branch in branches]))
-        op.diffusion_head_sample(state, condition, t_embedding, rows, guidance, self.weights, step_noise, path=path)
+        diffusion_head_sample(state, condition, t_embedding, rows, guidance, self.weights, step_noise, path=path)
         return state[0]
 
     @torch.no_grad()

@@ -18,6 +18,8 @@ from fastlatent.ops.solver_step import ROW, solver_step_reference
 WORKSPACE_BYTES = 64 * 2**20
 # The widest vectors of the C++ path, in float32 lanes: AVX-512. Tests run the narrower ones, 8 and 4.
 CPU_LANES = 16
+# The most rows for which "auto" takes the C++ path on the CPU, by the dtype of the FFNs.
+CPU_FEW_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16, torch.int8: 32}
 Path = Literal["auto", "reference", "few_rows", "many_rows"]
 PATHS = ("auto", "reference", "few_rows", "many_rows")
 
@@ -209,6 +211,9 @@ def diffusion_head_sample(
 
 def choose_path(rows: int, weights: HeadWeights) -> Path:
     """What "auto" runs for so many rows (ways times batch)."""
+    if weights.device.type == "cpu" and weights.dtype in CPU_FEW_ROWS:
+        limit = CPU_FEW_ROWS[torch.int8 if weights.up_scale is not None else weights.dtype]
+        return "few_rows" if rows <= limit else "many_rows"
     return "reference"
 
 

@@ -89,7 +89,7 @@ def tool():
 
 @pytest.fixture
 def row(tool):
-    counts = dict.fromkeys(tool.SASS, 1)
+    counts = dict.fromkeys(tool.SASS, 1) | {"FFMA": 0}
     return tool.Row("3.9.0", "x", "small", 90, True, 100, 0, 0, 0, counts)
 
 
