@@ -20,8 +20,6 @@ TILE = 2048
 MIN_DOT_ROWS = 16
 # Splits that the reduction reads at once.
 BLOCK_S = 16
-ARCHES = (80, 86, 89, 90, 100, 120)
-FLOAT8_ARCHES = ARCHES[2:]
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 # Below every score, and finite: exp2(-inf - -inf) would be NaN. A split without tokens has this maximum and weight 0.
 NO_SCORE = tl.constexpr(-1e30)
@@ -272,45 +270,54 @@ def decode_attention_triton(
 
 
 def aot_cases() -> list[dict]:
-    """Real sizes to compile ahead of time; float8 needs compute capability 8.9."""
+    """16 heads of 64 and 128 up to 256 tokens: 2 rows, whose tokens are split, and 512, whose are not."""
     cases = []
     pointers = ("q_ptr", "keys_ptr", "values_ptr", "position_ptr", "out_ptr", "partial_ptr", "statistics_ptr")
+    tokens, q_heads = 256, 16
 
-    def add(name: str, kernel: object, dtypes: dict[str, str], constants: dict, arches: tuple[int, ...]) -> None:
-        constexprs = {key: value for key, value in constants.items() if key not in dtypes}
-        signature = {key: "constexpr" if value is None else value for key, value in dtypes.items()}
-        cases.append(
-            {
-                "name": f"decode_attention {name}",
-                "kernel": kernel,
-                "signature": signature | dict.fromkeys(constexprs, "constexpr"),
-                "constants": constants,
-                "attrs": {(i,): [["tt.divisibility", 16]] for i, value in enumerate(dtypes.values()) if value},
-                "options": dict(OPTIONS),
-                "wgmma": False,  # 16 rows of queries: mma.sync
-                "arches": arches,
-            }
-        )
+    def add(name: str, kernel: object, dtypes: dict[str, str], constants: dict, cache: Tensor) -> None:
+        q = cache.new_empty((len(cache), q_heads, cache.shape[3]), dtype=torch.bfloat16)
+        position = cache.new_empty(1, dtype=torch.int64)
+        case = {
+            "name": name,
+            "kernel": kernel,
+            "signature": dtypes | dict.fromkeys(constants, "constexpr"),
+            "constants": constants,
+            "attrs": {(i,): [["tt.divisibility", 16]] for i, key in enumerate(dtypes) if key not in constants},
+            "options": dict(OPTIONS),
+            "wgmma": False,  # 16 rows of queries: mma.sync
+            "launch": lambda: decode_attention_triton(q, cache, cache, position, cache.shape[3] ** -0.5, tokens),
+        }
+        if cache.dtype == torch.float8_e4m3fn:
+            case["arches"] = (89, 90, 100, 120)  # conversions of float8_e4m3fn
+        cases.append(case)
 
     for head_dim in (64, 128):
-        for cache, arches in (("bf16", ARCHES), ("fp8e4nv", FLOAT8_ARCHES)):
-            for kv_heads in (16, 4):
-                for splits in (1, 4):
-                    dtypes: dict = dict.fromkeys(pointers, "*bf16") | {"tokens": "i32"}
-                    dtypes |= {"position_ptr": "*i64", "keys_ptr": "*" + cache, "values_ptr": "*" + cache}
-                    dtypes |= dict.fromkeys(pointers[-2:], "*fp32" if splits > 1 else None)
-                    constants = {key: None for key, value in dtypes.items() if value is None} | {
-                        "Q_HEADS": 16, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
-                        "SCALE_LOG2": head_dim**-0.5 / math.log(2), "SPLITS": splits, "BLOCK_N": TILE // head_dim,
-                        "BLOCK_D": head_dim,
-                    }  # fmt: skip
-                    name = f"{cache} D{head_dim} 16/{kv_heads} splits {splits}"
-                    if kv_heads == 16:
-                        add(name, decode_one_head_kernel, dtypes, constants | {"COMPUTE": tl.float32}, arches)
-                    else:
-                        constants |= {"BLOCK_G": MIN_DOT_ROWS, "UPCAST": False}
-                        add(name, decode_group_kernel, dtypes, constants, arches)
+        for dtype, cache_dtype in (("bf16", torch.bfloat16), ("fp8e4nv", torch.float8_e4m3fn)):
+            for rows, kv_heads in ((512, 16), (512, 4), (2, 16), (2, 4)):
+                cache = torch.empty((rows, tokens, kv_heads, head_dim), dtype=cache_dtype, device="meta")
+                splits = split_count(rows * kv_heads, tokens)
+                dtypes = dict.fromkeys(pointers, "*bf16") | {"position_ptr": "*i64", "tokens": "i32"}
+                dtypes |= dict.fromkeys(("keys_ptr", "values_ptr"), "*" + dtype)
+                dtypes |= dict.fromkeys(("partial_ptr", "statistics_ptr"), "*fp32")
+                constants = {
+                    "Q_HEADS": q_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
+                    "SCALE_LOG2": head_dim**-0.5 / math.log(2), "SPLITS": splits, "BLOCK_N": TILE // head_dim,
+                    "BLOCK_D": head_dim,
+                }  # fmt: skip
+                if splits == 1:
+                    constants |= {"partial_ptr": None, "statistics_ptr": None}
+                name = f"{dtype} D{head_dim} {q_heads}/{kv_heads} {rows} rows"
+                if kv_heads == q_heads:
+                    add(name, decode_one_head_kernel, dtypes, constants | {"COMPUTE": tl.float32}, cache)
+                else:
+                    constants |= {"BLOCK_G": MIN_DOT_ROWS, "UPCAST": False}
+                    add(name, decode_group_kernel, dtypes, constants, cache)
+        cache = torch.empty((2, tokens, q_heads, head_dim), dtype=torch.bfloat16, device="meta")
         dtypes = {"partial_ptr": "*fp32", "statistics_ptr": "*fp32", "out_ptr": "*bf16"}
-        constants = {"HEAD_DIM": head_dim, "SPLITS": 5, "BLOCK_S": BLOCK_S, "BLOCK_D": head_dim, "COMPUTE": tl.float32}
-        add(f"reduce D{head_dim}", reduce_splits_kernel, dtypes, constants, ARCHES)
+        constants = {
+            "HEAD_DIM": head_dim, "SPLITS": split_count(2 * q_heads, tokens), "BLOCK_S": BLOCK_S, "BLOCK_D": head_dim,
+            "COMPUTE": tl.float32,
+        }  # fmt: skip
+        add(f"reduction D{head_dim}", reduce_splits_kernel, dtypes, constants, cache)
     return cases

@@ -19,8 +19,8 @@ def norm_modulate_kernel(
     x_stride,
     shift_stride,
     scale_stride,
+    eps,
     H: tl.constexpr,
-    EPS: tl.constexpr,  # not an argument: that would be float32, whatever x is
     LAYER_NORM: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -32,7 +32,7 @@ def norm_modulate_kernel(
     x = tl.load(x_ptr + row * x_stride + k, mask=mask, other=0.0)
     if LAYER_NORM:
         x = tl.where(mask, x - tl.sum(x, axis=0) / H, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(x * x, axis=0) / H + EPS)
+    rstd = 1 / tl.sqrt(tl.sum(x * x, axis=0) / H + eps)
     # Converted at once: the interpreter computes garbage on bfloat16.
     shift = tl.load(shift_ptr + row * shift_stride + k, mask=mask).to(x.dtype)
     scale = tl.load(scale_ptr + row * scale_stride + k, mask=mask).to(x.dtype)
@@ -55,8 +55,8 @@ def norm_modulate_triton(x: Tensor, shift: Tensor, scale: Tensor, out: Tensor, l
         return  # a CUDA grid cannot be empty
     block = triton.next_power_of_2(hidden)
     norm_modulate_kernel[(rows,)](
-        x, shift, scale, out, x.stride(0), shift.stride(0), scale.stride(0),
-        H=hidden, EPS=eps, LAYER_NORM=layer_norm, INTERPRETED=os.environ.get("TRITON_INTERPRET") == "1", BLOCK=block,
+        x, shift, scale, out, x.stride(0), shift.stride(0), scale.stride(0), eps,
+        H=hidden, LAYER_NORM=layer_norm, INTERPRETED=os.environ.get("TRITON_INTERPRET") == "1", BLOCK=block,
         num_warps=_warps(block), enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -69,9 +69,9 @@ def aot_cases() -> list[dict[str, Any]]:
         (16384, True, "fp16"),
     ):  # fmt: skip
         block = triton.next_power_of_2(hidden)
-        constants = {"H": hidden, "EPS": 1e-6, "LAYER_NORM": layer_norm, "INTERPRETED": False, "BLOCK": block}
+        constants = {"H": hidden, "LAYER_NORM": layer_norm, "INTERPRETED": False, "BLOCK": block}
         signature = {"x_ptr": "*fp32"} | dict.fromkeys(("shift_ptr", "scale_ptr", "out_ptr"), f"*{dtype}")
-        signature |= dict.fromkeys(("x_stride", "shift_stride", "scale_stride"), "i32")
+        signature |= dict.fromkeys(("x_stride", "shift_stride", "scale_stride"), "i32") | {"eps": "fp32"}
         cases.append(
             {
                 "name": f"norm_modulate H {hidden} {'layer' if layer_norm else 'rms'} {dtype}",

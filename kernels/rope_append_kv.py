@@ -97,28 +97,35 @@ def rope_append_kv_triton(
 
 
 def aot_cases() -> list[dict]:
-    """Real sizes to compile ahead of time; float8 needs compute capability 8.9."""
+    """16 heads of 64 and 128, with as many and with 4 key heads."""
     cases = []
+    rows, tokens, q_heads = 2, 256, 16
     for head_dim in (64, 128):
-        for cache in ("bf16", "fp8e4nv"):
-            for q_heads, kv_heads in ((16, 16), (16, 4)):
+        for dtype, cache_dtype in (("bf16", torch.bfloat16), ("fp8e4nv", torch.float8_e4m3fn)):
+            for kv_heads in (16, 4):
+                qkv = torch.empty((rows, (q_heads + 2 * kv_heads) * head_dim), dtype=torch.bfloat16, device="meta")
+                table = qkv.new_empty((tokens, head_dim // 2), dtype=torch.float32)
+                position = qkv.new_empty(1, dtype=torch.int64)
+                cache = qkv.new_empty((rows, tokens, kv_heads, head_dim), dtype=cache_dtype)
+                arguments = (qkv, table, table, position, cache, cache)
                 names = ("qkv_ptr", "cos_ptr", "sin_ptr", "position_ptr", "q_ptr", "keys_ptr", "values_ptr")
-                dtypes = ("bf16", "fp32", "fp32", "i64", "bf16", cache, cache)
+                dtypes = ("*bf16", "*fp32", "*fp32", "*i64", "*bf16", "*" + dtype, "*" + dtype)
                 constants = {
                     "Q_HEADS": q_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "BLOCK_H": TILE // head_dim,
                     "BLOCK_P": head_dim // 2, "COMPUTE": tl.float32,
                 }  # fmt: skip
-                signature = {name: "*" + dtype for name, dtype in zip(names, dtypes, strict=True)} | {"tokens": "i32"}
-                cases.append(
-                    {
-                        "name": f"rope_append_kv {cache} D{head_dim} {q_heads}/{kv_heads}",
-                        "kernel": rope_append_kv_kernel,
-                        "signature": signature | dict.fromkeys(constants, "constexpr"),
-                        "constants": constants,
-                        "attrs": {(i,): [["tt.divisibility", 16]] for i in range(8)},
-                        "options": {"num_warps": WARPS, "enable_fp_fusion": False},
-                        "wgmma": False,
-                        "arches": (89, 90, 100, 120) if cache == "fp8e4nv" else (80, 86, 89, 90, 100, 120),
-                    }
-                )
+                signature = dict(zip(names, dtypes, strict=True)) | {"tokens": "i32"}
+                case = {
+                    "name": f"{dtype} D{head_dim} {q_heads}/{kv_heads}",
+                    "kernel": rope_append_kv_kernel,
+                    "signature": signature | dict.fromkeys(constants, "constexpr"),
+                    "constants": constants,
+                    "attrs": {(i,): [["tt.divisibility", 16]] for i in range(len(signature))},
+                    "options": {"num_warps": WARPS, "enable_fp_fusion": False},
+                    "wgmma": False,
+                    "launch": lambda arguments=arguments: rope_append_kv_triton(*arguments),
+                }
+                if cache_dtype == torch.float8_e4m3fn:
+                    case["arches"] = (89, 90, 100, 120)  # conversions of float8_e4m3fn
+                cases.append(case)
     return cases

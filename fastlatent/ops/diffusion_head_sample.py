@@ -310,20 +310,20 @@ def _few_rows_cpu(
     weights: HeadWeights,
     noise: Tensor | None,
 ) -> None:
-    """All steps of a chunk of modulations in one C++ call; activations stay float32, not rounded to the weights' dtype."""
+    """All steps of a chunk in one C++ call. Activations stay float32: they are not rounded to the weights' dtype."""
     if weights.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             "diffusion_head_sample: expected float32, bfloat16 or float16 weights for path 'few_rows' on the CPU, got "
             f"{weights.dtype}; use path 'many_rows'"
         )
-    blocks, width = weights.blocks, weights.down_weight.shape[2]
+    dtype = _native.DTYPE_CODES[str(weights.dtype).removeprefix("torch.")]
     body = [weights.input_weight, weights.input_bias, *weights.tensors()[4:]]
     for begin, modulations in modulation_chunks(condition, t_embedding, weights):
         inputs = [state, modulations, table[begin:], guidance, None if noise is None else noise[begin:]]
         _native.call(
             "cpu", "diffusion_head_sample", *(None if x is None else x.data_ptr() for x in (*inputs, *body)),
-            *modulations.shape[:3], weights.channels, len(weights.output_weight), weights.hidden_size, width, blocks,
-            weights.gated, weights.layer_norm, weights.eps, _native.DTYPE_CODES[str(weights.dtype).removeprefix("torch.")],
+            *modulations.shape[:3], weights.channels, len(weights.output_weight), weights.hidden_size,
+            weights.down_weight.shape[2], weights.blocks, weights.gated, weights.layer_norm, weights.eps, dtype,
             torch.get_num_threads(), CPU_LANES,
         )  # fmt: skip
 

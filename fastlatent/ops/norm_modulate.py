@@ -16,7 +16,8 @@ LIBRARY.define("norm_modulate(Tensor x, Tensor shift, Tensor scale, bool layer_n
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, layer_norm: bool, eps: float) -> Tensor:
     """norm(x)·(1 + scale) + shift over rows: RMS norm, or layer norm without mean's or deviation's own weights.
 
-    Everything is computed in x's dtype and rounded once. Source: adaLN, Peebles & Xie 2023 (DiT).
+    Everything is computed in x's dtype and rounded once. A Triton kernel on CUDA; float64, which it does not take, and
+    other devices run the definition in plain torch. Source: adaLN, Peebles & Xie 2023 (DiT).
 
     Args:
         x: [R, H], H <= 16384, float32, or float64 where shift is.
@@ -70,6 +71,8 @@ def _run(x: Tensor, shift: Tensor, scale: Tensor, layer_norm: bool, eps: float) 
 
 
 def _cuda(x: Tensor, shift: Tensor, scale: Tensor, layer_norm: bool, eps: float) -> Tensor:
+    if x.dtype == torch.float64:
+        return _run(x, shift, scale, layer_norm, eps)
     from fastlatent.kernels.norm_modulate import norm_modulate_triton
 
     out = _fake(x, shift, scale, layer_norm, eps)

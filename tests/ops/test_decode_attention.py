@@ -11,7 +11,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FLOAT8 = torch.float8_e4m3fn
 # (rows, query heads, key heads, head size, tokens, position). The first token alone, of one and of many: most splits
-# are empty. One more and one less than a tile of 64 tokens, one token more than a tile and the last one. Groups of
+# are empty. 63, 64 and 65 tokens
+# are a tile of some head size, one more and one less. Groups of
 # 1, 2, 4, 6, 8 and 20 heads: tl.dot pads to 16 or 32. 48 and 80 are no powers of two. 600 tokens of one head: 19
 # splits, more than the reduction reads at once.
 SHAPES = [
@@ -284,10 +285,10 @@ def test_compiles_for_hopper(tmp_path):
     spec = importlib.util.spec_from_file_location("rope", Path(__file__).with_name("test_rope_append_kv.py"))
     rope = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rope)
-    one, group = "decode_attention bf16 D128 16/16 splits 4", "decode_attention fp8e4nv D64 16/4 splits 4"
+    one, group = "bf16 D128 16/16 512 rows", "fp8e4nv D64 16/4 2 rows"
     found = rope.compiled_for_hopper(tmp_path, "fastlatent.kernels.decode_attention", one, group)
     for name, usage in found.items():
-        # 96 registers keep 5 of these programs of 128 threads on an SM.
-        assert usage["REG"] <= 96 and usage["STACK"] == usage["LOCAL"] == 0, name
-    assert found[one]["LDG.E.128"] >= 8 and found[one]["HMMA"] == 0
+        # 80 registers keep 6 of these programs of 128 threads on an SM.
+        assert usage["REG"] <= 80 and usage["STACK"] == usage["LOCAL"] == 0, name
+    assert found[one]["LDG.E.128"] >= 4 and found[one]["HMMA"] == 0
     assert found[group]["LDGSTS"] > 0 and found[group]["HMMA"] > 0

@@ -1,6 +1,8 @@
 """The C++ path of diffusion_head_sample, against the definition in float64."""
 
 import dataclasses
+import itertools
+import math
 
 import pytest
 import torch
@@ -20,7 +22,14 @@ INT8 = [False, True]
 # (blocks, hidden, width, channels). 33 and 41: odd, below a multiple of 16 lanes and of 4 outputs at once. 40: whole
 # vectors of 8 lanes but not of 16. 100 and 70: more than one cache line of outputs for each of 2 to 5 threads.
 SIZES = [(2, 40, 100, 8), (1, 33, 41, 3), (3, 64, 70, 16)]
-# (ways, batch): 1, 2, 3, 5 and 16 rows: one, less than the 4 at once, one more, whole blocks.
+# (gated, layer norm, learned variance, noise)
+FAMILIES = [
+    (True, False, False, False),
+    (False, True, True, True),
+    (True, True, False, True),
+    (False, False, True, True),
+]
+# (ways, batch): 1, 2, 3, 5 and 16 rows: one, less than the 4 (AVX2: 3) at once, one more, whole blocks.
 ROWS = [(1, 1), (2, 1), (3, 1), (1, 5), (2, 8)]
 
 
@@ -111,28 +120,26 @@ def lanes(request, monkeypatch):
 @pytest.mark.parametrize("int8", INT8)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("rows", ROWS)
-def test_no_less_accurate_than_torch(rows, size, dtype, int8, lanes, native_calls):
-    for case, (gated, layer_norm, learned, noise) in enumerate(
-        [(True, False, False, False), (False, True, True, True), (True, True, False, True), (False, False, True, True)]
-    ):
-        weights = head(size, dtype, gated=gated, layer_norm=layer_norm, learned=learned, int8=int8, seed=case)
-        arguments = inputs(weights, *rows, noise=noise, seed=case)
+def test_no_less_accurate_than_torch(size, dtype, int8, lanes, native_calls):
+    """Errors of all cases together: with 3 channels a single one is luck. A wrong one would outweigh them all."""
+    got, torchs = [], []
+    for seed, (rows, (gated, layer_norm, learned, noise)) in enumerate(itertools.product(ROWS, FAMILIES)):
+        weights = head(size, dtype, gated=gated, layer_norm=layer_norm, learned=learned, int8=int8, seed=seed)
+        arguments = inputs(weights, *rows, noise=noise, seed=seed)
         want = exact(arguments)
-        # float32: an element or two decide at these sizes, and 5e-7 is 4 roundings.
-        floor = 5e-7 if dtype == torch.float32 else 0.0
-        assert error(run(arguments, "few_rows"), want) <= max(1.5 * error(run(arguments, "reference"), want), floor)
-    assert [call[:2] for call in native_calls] == [("cpu", "diffusion_head_sample")] * 4
+        got.append(error(run(arguments, "few_rows"), want))
+        torchs.append(error(run(arguments, "reference"), want))
+    assert math.hypot(*got) <= 1.5 * math.hypot(*torchs)
+    assert [call[:2] for call in native_calls] == [("cpu", "diffusion_head_sample")] * len(got)
 
 
 @pytest.mark.parametrize("int8", INT8)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_activations(dtype, int8):
     """Activations are not rounded to the weights' dtype: what is left is the rounding of the modulations."""
     arguments = inputs(head((2, 64, 96, 16), dtype, int8=int8), 2, 4)
     want = exact(arguments)
-    if dtype != torch.float32:
-        assert error(run(arguments, "few_rows"), want) < 0.9 * error(run(arguments, "reference"), want)
+    assert error(run(arguments, "few_rows"), want) < 0.9 * error(run(arguments, "reference"), want)
 
 
 @pytest.mark.parametrize("int8", INT8)
