@@ -363,3 +363,25 @@ def test_published_rounds_timesteps(model, noise):
     assert not torch.equal(exact.sample(LABELS, noise), published.sample(LABELS, noise))
     double = engine(model, steps=3, published=True)
     assert error(double.sample(LABELS, noise), engine(model, steps=3).sample(LABELS, noise)) <= 1e-10
+
+
+def test_noise_drawn_as_the_published_loop_draws_it(model):
+    """It draws 2·B rows for every token and uses the first B: the same generator and slicing give the same tokens."""
+    state, sizes, generator = model.state_dict(), vars(CONFIG), torch.Generator().manual_seed(5)
+    latents, drawn = torch.zeros(3, 0, 3, dtype=torch.float64), []
+    rows = torch.cat([LABELS, torch.full_like(LABELS, CONFIG.num_classes)])
+    for _ in range(CONFIG.num_tokens):
+        z = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+        condition = plain_latentlm.conditions(state, sizes, torch.cat([latents, latents]), rows)[:, -1]
+
+        def predict(x, t, condition=condition):  # x [6, 3], of which the published code reads the first half
+            both = plain_latentlm.head(state, sizes, torch.cat([x[:3], x[:3]]), t, condition)
+            guided = both[3:] + 2.5 * (both[:3] - both[3:])
+            return torch.cat([guided, guided])
+
+        token = plain_latentlm.dpmsolver_2m(predict, z, 3, "v_prediction")
+        latents = torch.cat([latents, token[:3, None]], 1)
+        drawn.append(z)
+    noise = torch.stack(drawn, 1)
+    assert error(engine(model, steps=3).sample(LABELS, noise[:3]), latents) <= 1e-10
+    assert error(engine(model, steps=3).sample(LABELS, noise[3:]), latents) > 1e-3
