@@ -31,7 +31,7 @@ def load(backend: str) -> ctypes.CDLL | None:
     return None
 
 
-def call(backend: str, function: str, *args: int | None) -> None:
+def call(backend: str, function: str, *args: int | float | None) -> None:
     """Call fastlatent_<function>_<backend>; pointers are passed as integers. The GIL is released meanwhile.
 
     Raises:

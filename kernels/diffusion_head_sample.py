@@ -9,6 +9,7 @@ loads its first weight tile, then waits.
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -28,7 +29,7 @@ TAIL_CHANNELS, TAIL_HIDDEN, TAIL_WARPS = 16, 256, 8
 @triton.jit
 def _narrow(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     # Rounds to nearest even; the interpreter's own conversion to bfloat16 truncates.
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -77,9 +78,9 @@ def _weights(pointers, mask, EVEN: tl.constexpr):
 @triton.jit
 def _dot(w, x, acc, INTERPRETED: tl.constexpr):
     """acc [N, R] + w [N, K] · x [R, K]ᵀ; int8 weights become x's dtype, which holds them exactly, in registers."""
-    w = w.to(x.dtype)
-    if INTERPRETED:  # its bfloat16 products are garbage
+    if INTERPRETED:  # its bfloat16 products and conversions are garbage
         w, x = w.to(tl.float32), x.to(tl.float32)
+    w = w.to(x.dtype)
     return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
 
 
@@ -398,15 +399,16 @@ def head_steps_triton(
 
     common: dict[str, Any] = {"H": hidden, "PARTS": 3 * blocks + 2, "PDL": pdl, "INTERPRETED": interpreted}
     common |= {"enable_fp_fusion": True}
+    options = {"num_warps": 4, "num_stages": stages(rows)}
     launch = {"launch_pdl": True} if pdl else {}
     up_grid = (triton.cdiv(up, ups["BLOCK_N"]),)
 
-    def tail(step: int, **options: Any) -> None:
+    def tail(step: int, **launch: Any) -> None:
         tail_kernel[(batch, groups)](
             x, modulations, output_weight, output_bias, input_weight, input_bias, state, table, guidance, noise,
             partial, counters, batch, step, eps,
             C=channels, WAYS=ways, LEARNED_VARIANCE=len(output_weight) != channels, LAYER_NORM=layer_norm,
-            num_warps=TAIL_WARPS, **tails, **common, **options,
+            num_warps=TAIL_WARPS, num_stages=1, **tails, **common, **launch,
         )  # fmt: skip
 
     # Not dependent: the caller may have written the weights just before, and the others load them without waiting.
@@ -415,65 +417,62 @@ def head_steps_triton(
         for block in range(blocks):
             up_kernel[up_grid](
                 x, modulations, up_weight, up_scale, up_bias, h, rows, step, block, eps,
-                F=width, GATED=up != width, LAYER_NORM=layer_norm, num_warps=4, num_stages=stages(rows), **ups, **common, **launch,
+                F=width, GATED=up != width, LAYER_NORM=layer_norm, **ups, **common, **options, **launch,
             )  # fmt: skip
             down_kernel[(tiles, downs["SPLITS"])](
                 x, modulations, down_weight, down_scale, down_bias, h, partial, counters, rows, step, block,
-                F=width, num_warps=4, num_stages=stages(rows), **downs, **common, **launch,
+                F=width, **downs, **common, **options, **launch,
             )  # fmt: skip
         tail(step, SOLVE=True, **launch)
 
 
-def _case(
-    name: str, kernel: Any, kinds: str, constants: dict[str, Any], warps: int, num_stages: int, wgmma: bool
-) -> dict[str, Any]:
-    """kinds: a letter for each leading argument: w(eights' dtype), m(odulations' dtype), f(loat32), c(ounter),
-    s(ize or position), e(ps)."""
-    weight, modulation = constants.pop("dtypes")
-    letters = {"w": weight, "m": modulation, "f": "*fp32", "c": "*i32", "s": "i32", "e": "fp32"}
-    signature = dict(zip(kernel.arg_names, (letters[kind] for kind in kinds), strict=False))
-    signature |= dict.fromkeys(constants, "constexpr")
-    options = {"num_warps": warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    return {
-        "name": name, "kernel": kernel, "signature": signature, "constants": constants,
-        "attrs": {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind in "wmfc"},
-        "options": options | ({"launch_pdl": True} if constants["PDL"] else {}), "wgmma": wgmma,
-    }  # fmt: skip
-
-
 def aot_cases() -> list[dict[str, Any]]:
-    """The kernels at published sizes, to compile ahead of time without a GPU."""
+    """The kernels at published sizes, to compile ahead of time without a GPU. 2 rows compile to the same as 16."""
     heads = {  # hidden, width, blocks, channels, gated, layer norm, learned variance
         "latentlm-medium": (1024, 4096, 3, 16, True, False, False),
         "vibevoice-1.5b": (1536, 4608, 4, 64, True, False, False),
         "mar-l": (1280, 1280, 8, 16, False, True, True),
     }
-    dtypes = {"bf16": ("*bf16", "*bf16"), "fp16": ("*fp16", "*fp16"), "fp32": ("*fp32", "*fp32"),
-              "int8": ("*i8", "*bf16")}  # fmt: skip
-    runs = [(head, rows, "bf16", True) for head in heads for rows in (2, 16, 32)]
-    runs += [("latentlm-medium", rows, dtype, True) for rows in (2, 32) for dtype in ("fp16", "fp32", "int8")]
-    runs += [("latentlm-medium", 2, "bf16", False)]
+    runs = [(head, "bf16", rows) for head in heads for rows in (16, 32)]
+    runs += [
+        ("latentlm-medium", *run) for run in (("fp16", 16), ("fp32", 16), ("fp32", 32), ("int8", 16), ("int8", 32))
+    ]
+    # An argument is a pointer to w(eights), m(odulations), f(loat32) or c(ounters), a (s)ize or position, or (e)ps.
+    kinds = {up_kernel: "fmwffmssse", down_kernel: "fmwffmfcsss", tail_kernel: "fmwfwffffffcsse"}
     cases = []
-    for head, rows, dtype, pdl in runs:
+    for (head, dtype, rows), pdl in itertools.product(runs, (True, False)):
         hidden, width, blocks, channels, gated, layer_norm, learned = heads[head]
-        pair, itemsize = dtypes[dtype], 4 if dtype == "fp32" else 2
-        scale = {} if dtype == "int8" else {"scale_ptr": None}
-        common = {"H": hidden, "PARTS": 3 * blocks + 2, "PDL": pdl, "INTERPRETED": False, "dtypes": pair}
-        name = f"{head} rows {rows} {dtype}" + ("" if pdl else " without PDL")
+        weight, small = ("i8", "bf16") if dtype == "int8" else (dtype, dtype)
+        itemsize = 4 if dtype == "fp32" else 2
         ups, downs = up_constants(hidden, width, gated, rows, itemsize), down_constants(hidden, width, rows, itemsize)
-        constants = common | scale | {"F": width, "GATED": gated, "LAYER_NORM": layer_norm} | ups
-        wgmma = dtype != "fp32"
-        cases.append(
-            _case(f"up {name}", up_kernel, "fmwffmssse", constants, 4, stages(rows), wgmma and ups["BLOCK_N"] == 64)
-        )
-        constants = common | scale | {"F": width} | downs
-        cases.append(
-            _case(
-                f"down {name}", down_kernel, "fmwffmfcsss", constants, 4, stages(rows), wgmma and downs["BLOCK_N"] == 64
+        scale = {} if dtype == "int8" else {"scale_ptr": None}
+        constants = {
+            up_kernel: {"F": width, "GATED": gated, "LAYER_NORM": layer_norm} | scale | ups,
+            down_kernel: {"F": width} | scale | downs,
+        }
+        if rows == 16:
+            constants[tail_kernel] = {
+                "C": channels, "WAYS": 2, "SOLVE": True, "LEARNED_VARIANCE": learned, "LAYER_NORM": layer_norm,
+            } | tail_constants(hidden, channels, 2)  # fmt: skip
+        for kernel, own in constants.items():
+            own |= {"H": hidden, "PARTS": 3 * blocks + 2, "PDL": pdl, "INTERPRETED": False}
+            tail = kernel is tail_kernel
+            letters = {"w": f"*{small if tail else weight}", "m": f"*{small}", "f": "*fp32", "c": "*i32", "s": "i32"}
+            letters["e"] = "fp32"
+            signature = dict(zip(kernel.arg_names, (letters[kind] for kind in kinds[kernel]), strict=False))
+            aligned = (i for i, kind in enumerate(kinds[kernel]) if kind in "wmfc" and kernel.arg_names[i] not in own)
+            warps, depth = (TAIL_WARPS, 1) if tail else (4, stages(rows))
+            options = {"num_warps": warps, "num_stages": depth, "enable_fp_fusion": True}
+            cases.append(
+                {
+                    "name": f"{kernel.__name__} {head} {dtype} rows {rows}{'' if pdl else ', no PDL'}",
+                    "kernel": kernel,
+                    "signature": signature | dict.fromkeys(own, "constexpr"),
+                    "constants": own,
+                    "attrs": {(i,): [["tt.divisibility", 16]] for i in aligned},
+                    "options": options | ({"launch_pdl": True} if pdl else {}),
+                    "wgmma": not tail and dtype != "fp32" and own["BLOCK_N"] == 64,
+                    "arches": [90, 100, 120] if pdl else [80, 86, 89],
+                }
             )
-        )
-        constants = common | {"C": channels, "WAYS": 2, "SOLVE": True, "LEARNED_VARIANCE": learned}
-        constants |= {"LAYER_NORM": layer_norm, "dtypes": (pair[1], pair[1])}
-        constants |= tail_constants(hidden, channels, 2)
-        cases.append(_case(f"tail {name}", tail_kernel, "fmwfwffffffcsse", constants, TAIL_WARPS, 1, False))
     return cases

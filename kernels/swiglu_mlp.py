@@ -115,6 +115,8 @@ def aot_cases() -> list[dict[str, Any]]:
     ):  # fmt: skip
         for rows in (64,) if dtype == "fp32" else (64, 128, 512, 4096):
             for up in (True, False):
+                if up and rows == 4096:
+                    continue  # the same tiles as for 512
                 blocks, options = _tile(rows, up, dtype == "fp32")
                 n, k = (width, hidden) if up else (hidden, width)
                 constants = {"N": n, "K": k, "SILU": up, "GATED": up and gated, "INTERPRETED": False} | blocks

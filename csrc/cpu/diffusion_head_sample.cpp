@@ -21,20 +21,6 @@ namespace {
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kLineFloats = kAlignment / sizeof(float);
 
-const RowKernels& row_kernels(int64_t lanes) {
-#ifdef __x86_64__
-  // Every CPU with AVX2 has F16C.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512 && lanes >= 16) return kRowKernelsAvx512;
-  if (avx2 && lanes >= 8) return kRowKernelsAvx2;
-#else
-  (void)lanes;
-#endif
-  return kRowKernelsBaseline;
-}
-
 // All threads leave wait() once all have entered it.
 class Barrier {
  public:
@@ -106,7 +92,8 @@ class Run {
       : a_(head), kernels_(kernels), threads_(threads), barrier_(threads), rows_(head.ways * head.batch),
         hidden_stride_(padded(head.hidden)), width_stride_(padded(head.width)) {
     const int64_t floats = rows_ * ((2 + threads) * hidden_stride_ + 2 * width_stride_ + head.out_channels);
-    buffer_.reset(static_cast<float*>(std::aligned_alloc(kAlignment, (floats * sizeof(float) / kAlignment + 1) * kAlignment)));
+    const size_t lines = floats * sizeof(float) / kAlignment + 1;
+    buffer_.reset(static_cast<float*>(std::aligned_alloc(kAlignment, lines * kAlignment)));
     if (!buffer_) throw std::bad_alloc();
     std::memset(buffer_.get(), 0, floats * sizeof(float));
     residual_ = buffer_.get();

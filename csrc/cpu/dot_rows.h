@@ -27,6 +27,7 @@ struct RowKernels {
 };
 
 // One for each instruction set; only x86-64 has the wider two.
+const RowKernels& row_kernels(int64_t lanes);  // the widest that this CPU has, of at most so many float32 lanes
 extern const RowKernels kRowKernelsBaseline;
 extern const RowKernels kRowKernelsAvx2;
 extern const RowKernels kRowKernelsAvx512;

@@ -12,15 +12,21 @@ from torch import Tensor
 
 from fastlatent import _native
 from fastlatent.ops._library import LIBRARY
-from fastlatent.ops.solver_step import ROW, solver_step_reference
+from fastlatent.ops.norm_modulate import norm_modulate
+from fastlatent.ops.solver_step import ROW, solver_step, solver_step_reference
+from fastlatent.ops.swiglu_mlp import swiglu_mlp
 
 # The modulations of one chunk of solver steps take at most this much, or one step.
 WORKSPACE_BYTES = 64 * 2**20
 # The widest vectors of the C++ path, in float32 lanes: AVX-512. Tests run the narrower ones, 8 and 4.
 CPU_LANES = 16
-# The most rows for which "auto" takes the C++ path on the CPU, by the dtype of the FFNs.
+# The most rows for which "auto" takes the C++ path on the CPU, by the dtype of the FFNs. (16 rows of hidden 1024, ms a
+# step on 2 shared cores with AVX-512: float32 11, plain torch 34; bfloat16 9 and 16; int8 8 and 67. At 32 rows all was
+# measured on a busy machine only.)
 CPU_FEW_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16, torch.int8: 32}
 Path = Literal["auto", "reference", "few_rows", "many_rows"]
+# A prediction from the bytes that each path moves; benchmarks/bench_diffusion_head_sample.py forces both to measure it.
+CUDA_FEW_ROWS = 32
 PATHS = ("auto", "reference", "few_rows", "many_rows")
 
 
@@ -214,6 +220,10 @@ def choose_path(rows: int, weights: HeadWeights) -> Path:
     if weights.device.type == "cpu" and weights.dtype in CPU_FEW_ROWS:
         limit = CPU_FEW_ROWS[torch.int8 if weights.up_scale is not None else weights.dtype]
         return "few_rows" if rows <= limit else "many_rows"
+    if weights.device.type == "cuda" and weights.dtype != torch.float64:
+        # int8 weights have few-row kernels only, so more rows run the definition.
+        many: Path = "many_rows" if weights.up_scale is None else "reference"
+        return "few_rows" if rows <= CUDA_FEW_ROWS else many
     return "reference"
 
 
@@ -297,8 +307,71 @@ def _run(
         diffusion_head_sample_reference(state, condition, t_embedding, table, guidance, weights, noise)
     elif path == "few_rows" and cpu:
         _few_rows_cpu(state, condition, t_embedding, table, guidance, weights, noise)
+    elif path == "few_rows" and state.is_cuda:
+        _few_rows_cuda(state, condition, t_embedding, table, guidance, weights, noise)
+    elif path == "many_rows" and state.is_cuda:
+        _many_rows_cuda(state, condition, t_embedding, table, guidance, weights, noise)
     else:
         raise ValueError(f"diffusion_head_sample: path {path!r} does not run on {state.device}")
+
+
+def _few_rows_cuda(
+    state: Tensor,
+    condition: Tensor,
+    t_embedding: Tensor,
+    table: Tensor,
+    guidance: Tensor,
+    weights: HeadWeights,
+    noise: Tensor | None,
+) -> None:
+    from fastlatent.kernels.diffusion_head_sample import MAX_ROWS, head_steps_triton
+
+    rows = condition.shape[0] * condition.shape[1]
+    if weights.dtype == torch.float64 or rows > MAX_ROWS:
+        raise ValueError(
+            f"diffusion_head_sample: expected at most {MAX_ROWS} rows and no float64 for path 'few_rows' on CUDA, got "
+            f"{rows} rows of {weights.dtype}; use path 'many_rows' or 'reference'"
+        )
+    body = [weights.input_weight, weights.input_bias, *weights.tensors()[4:]]
+    with torch.cuda.device(state.device):
+        for begin, modulations in modulation_chunks(condition, t_embedding, weights):
+            steps = slice(begin, begin + len(modulations))
+            head_steps_triton(
+                state, modulations, table[steps], guidance, None if noise is None else noise[steps], *body,
+                weights.layer_norm, weights.eps,
+            )  # fmt: skip
+
+
+def _many_rows_cuda(
+    state: Tensor,
+    condition: Tensor,
+    t_embedding: Tensor,
+    table: Tensor,
+    guidance: Tensor,
+    weights: HeadWeights,
+    noise: Tensor | None,
+) -> None:
+    """Norm and modulation in one kernel, products with fused epilogues, and the solver step as its op."""
+    if weights.up_scale is not None or weights.dtype == torch.float64:
+        raise ValueError(
+            "diffusion_head_sample: expected float32, bfloat16 or float16 weights for path 'many_rows' on CUDA, got "
+            f"{weights.up_weight.dtype} of {weights.dtype}; use path 'reference'"
+        )
+    ways, batch, hidden = condition.shape
+    w = weights
+    for begin, modulations in modulation_chunks(condition, t_embedding, weights):
+        for k, modulation in enumerate(modulations.flatten(1, 2), begin):
+            parts = modulation.split(hidden, dim=-1)
+            x = F.linear(state[0].to(w.dtype), w.input_weight).to(w.state_dtype) + w.input_bias
+            h = x.repeat(ways, 1)
+            for i in range(w.blocks):
+                shift, scale, gate = parts[3 * i : 3 * i + 3]
+                modulated = norm_modulate(h, shift, scale, layer_norm=w.layer_norm, eps=w.eps)
+                h = swiglu_mlp(modulated, w.up_weight[i], w.up_bias[i], w.down_weight[i], w.down_bias[i], h, gate)
+            modulated = norm_modulate(h, *parts[-2:], layer_norm=w.layer_norm, eps=w.eps)
+            output = F.linear(modulated, w.output_weight).to(w.state_dtype) + w.output_bias
+            step_noise = None if noise is None else noise[k]
+            solver_step(state, output.unflatten(0, (ways, batch)), guidance, table[k], step_noise)
 
 
 def _few_rows_cpu(

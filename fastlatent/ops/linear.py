@@ -68,7 +68,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Rows up to which the C++ kernel wins: measured, see benchmarks/bench_linear.py.
-FEW_ROWS: dict[torch.dtype, int] = {}
+FEW_ROWS = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}
 
 
 def _few_rows(x: Tensor) -> bool:
@@ -82,9 +82,11 @@ def _cpu(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     out = x.new_empty((len(x), len(weight)), dtype=torch.float32)
     wide = x.float()
     code = _native.DTYPE_CODES[str(x.dtype).removeprefix("torch.")]
+    bias = out.new_zeros(len(weight))
+    scale = None if scale is None else scale.contiguous()
     _native.call(
-        "cpu", "linear", wide.data_ptr(), weight.data_ptr(), None if scale is None else scale.contiguous().data_ptr(),
-        len(x), weight.shape[1], len(weight), code, out.data_ptr(), torch.get_num_threads(),
+        "cpu", "linear", wide.data_ptr(), weight.data_ptr(), None if scale is None else scale.data_ptr(),
+        bias.data_ptr(), out.data_ptr(), len(x), weight.shape[1], len(weight), code, torch.get_num_threads(),
     )  # fmt: skip
     return out.to(x.dtype)
 

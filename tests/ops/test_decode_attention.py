@@ -128,13 +128,18 @@ def test_triton_kernels(shape, dtype, cache_dtype):
     check(interpreted_or_cuda(*arguments), arguments, truncates=device == "cpu")
 
 
+@pytest.mark.parametrize("splits", [1, 2, 3, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_number_of_splits(dtype):
-    """max_length decides the splits and nothing else: 2, 3 and 5 of 33 tokens, the last shares uneven."""
+def test_every_number_of_splits(dtype, splits, monkeypatch):
+    """151 tokens of heads of 32 are three tiles of 64 in one split, two in each of two, the second uneven; 20 splits
+    are more than the reduction reads at once, of which the last but one has 7 tokens of 8 and the last none."""
+    kernels = pytest.importorskip("fastlatent.kernels.decode_attention")
+    monkeypatch.setattr(kernels, "split_count", lambda programs, max_length: splits)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = inputs((1, 2, 1, 32, 160, 32), dtype, device=device)
-    for max_length in (33, 96, 160):
-        check(interpreted_or_cuda(*arguments, max_length=max_length), arguments)
+    arguments = inputs((1, 2, 1, 32, 160, 150), dtype, device=device)
+    # Later keys are longer, so that the maximum rises from tile to tile.
+    arguments[1].mul_(torch.linspace(0.2, 1, 160, device=device)[:, None, None].to(dtype))
+    check(interpreted_or_cuda(*arguments), arguments)
 
 
 def test_split_count():

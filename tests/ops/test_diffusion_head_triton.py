@@ -16,7 +16,6 @@ pytest.importorskip("triton")
 from fastlatent.kernels import diffusion_head_sample as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,9 @@ CASES = {
     "MAR": Case(hidden=80, width=80, gated=False, layer_norm=True, learned=True, noise=True, blocks=3),
     "ungated": Case(gated=False, hidden=64, width=128),
     "odd sizes": Case(hidden=33, width=47, batch=3),  # every tile is padded
-    "long rows": Case(ways=1, batch=18, hidden=272, width=16, layer_norm=True, steps=1),  # statistics in two tiles
+    "long rows": Case(
+        ways=1, batch=17, hidden=272, width=16, gated=False, layer_norm=True, steps=1
+    ),  # statistics in two tiles
     "int8": Case(int8=True, batch=2),
     "int8 ungated": Case(int8=True, gated=False, blocks=2, layer_norm=True),
 }
@@ -130,8 +131,23 @@ def assert_as_good_as_torch(got, arguments):
         assert error(got, exact) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs them one after another: few, but still more than one a tile."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "PROGRAMS", 3)
+
+
+ROUNDED = ("1 row", "17 rows", "3 blocks", "19 channels", "MAR", "int8")
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(name, torch.float32) for name in CASES]
+    + [(name, torch.bfloat16) for name in ROUNDED]
+    + [pytest.param(name, torch.bfloat16, marks=pytest.mark.soak) for name in CASES if name not in ROUNDED]
+    + [pytest.param(name, torch.float16, marks=() if name == "defaults" else pytest.mark.soak) for name in CASES],
+)
 def test_no_less_accurate_than_torch(name, dtype):
     if DEVICE == "cpu":
         assert type(kernels.up_kernel).__name__ == "InterpretedFunction"
@@ -144,12 +160,11 @@ def test_no_less_accurate_than_torch(name, dtype):
 @pytest.mark.parametrize("gated", [True, False])
 def test_split_sums_and_tiles(programs, splits, block_n, gated, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
-    case = Case(width=272, gated=gated, blocks=2, batch=2, noise=True)
-    assert kernels.down_constants(case.hidden, case.width, 4, 2)["SPLITS"] == splits
-    assert kernels.up_constants(case.hidden, case.width, gated, 4, 2)["BLOCK_N"] == block_n
-    for dtype in (torch.bfloat16, torch.float32):
-        arguments = inputs(case, dtype)
-        assert_as_good_as_torch(run_triton(*arguments), arguments)
+    case = Case(width=272, gated=gated, blocks=2, steps=1)
+    assert kernels.down_constants(case.hidden, case.width, 2, 2)["SPLITS"] == splits
+    assert kernels.up_constants(case.hidden, case.width, gated, 2, 2)["BLOCK_N"] == block_n
+    arguments = inputs(case, torch.bfloat16)
+    assert_as_good_as_torch(run_triton(*arguments), arguments)
 
 
 def test_tail_in_several_tiles(monkeypatch):
@@ -160,19 +175,24 @@ def test_tail_in_several_tiles(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_on_every_run(dtype):
-    arguments = inputs(Case(batch=3, channels=32, width=272, blocks=2, noise=True), dtype)
+    arguments = inputs(Case(batch=3, channels=32, blocks=2, noise=True), dtype)
     first = run_triton(*arguments)
     for _ in range(20 if DEVICE == "cuda" else 1):
         assert torch.equal(run_triton(*arguments), first)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(channels=40, width=272, blocks=2, batch=5)])
+@pytest.mark.parametrize("case", [Case(), Case(channels=40, blocks=2, batch=2)])
 def test_reads_nothing_it_has_not_written(case, monkeypatch):
     """Workspace full of NaN; and the counters are at zero again."""
     arguments = inputs(case, torch.float32)
     want, counters = run_triton(*arguments), []
     new_empty, zeros = torch.Tensor.new_empty, torch.zeros
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size: new_empty(self, *size).fill_(torch.nan))
+
+    def poisoned(self, *size, **options):
+        empty = new_empty(self, *size, **options)
+        return empty.fill_(torch.nan) if empty.is_floating_point() else empty
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     monkeypatch.setattr(
         torch, "zeros", lambda *size, **options: counters.append(zeros(*size, **options)) or counters[-1]
     )
@@ -234,7 +254,7 @@ from fastlatent.kernels.diffusion_head_sample import aot_cases
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 found = {}
 for case in aot_cases():
-    if not case["name"].endswith("latentlm-medium rows 2 bf16"):
+    if not case["name"].endswith("latentlm-medium bf16 rows 16"):
         continue
     source = ASTSource(case["kernel"], case["signature"], case["constants"], case["attrs"])
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=case["options"])
@@ -261,9 +281,9 @@ def test_compiles_for_hopper(tmp_path):
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert [name.split()[0] for name in found] == ["up", "down", "tail"]
+    assert [name.split()[0] for name in found] == ["up_kernel", "down_kernel", "tail_kernel"]
     for name, usage in found.items():
         assert usage["STACK"] == usage["LOCAL"] == 0, name
         assert usage["shared"] <= 99 * 1024, name  # what sm_86, sm_89 and sm_120 have
         assert usage["early loads"] >= 2 and usage["starts the next"], name
-        assert (usage["HGMMA"] > 0) == usage["wgmma"] == (name.split()[0] != "tail"), name
+        assert (usage["HGMMA"] > 0) == usage["wgmma"] == (name.split()[0] != "tail_kernel"), name

@@ -168,6 +168,21 @@ def test_float8_saturates(device):
         assert torch.equal(got, want.clamp(-448, 448).float().to(FLOAT8).double())
 
 
+def test_triton_kernel_saturates():
+    """What is above 448, of either sign; the interpreter's rounding of the rest is not the GPU's."""
+    pytest.importorskip("triton")
+    from fastlatent.kernels.rope_append_kv import rope_append_kv_triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = inputs((2, 2, 2, 64, 3, 1), torch.float32, FLOAT8, device=device, scale=1000.0)
+    _, keys, values = called(rope_append_kv_triton, arguments)
+    _, want_k, want_v = exact(*arguments)
+    for cache, want in ((keys, want_k), (values, want_v)):
+        got, above = cache[:, 1].double().cpu(), want.abs() > 448
+        assert (above & (want > 0)).any() and (above & (want < 0)).any()
+        assert torch.equal(got[above], 448 * want[above].sign())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cache_dtype", [torch.float32, FLOAT8])
 def test_nan_stays(cache_dtype, device):
