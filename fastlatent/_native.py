@@ -12,7 +12,12 @@ import fastlatent
 _CTYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 # The enum in csrc/fastlatent.h.
 _BAD_INDEX = 2
-_ERRORS = {1: "unsupported dtype", _BAD_INDEX: "an index is out of range", 3: "a thread could not be started"}
+_ERRORS = {
+    1: "unsupported dtype",
+    _BAD_INDEX: "an index is out of range",
+    3: "a thread could not be started",
+    4: "out of memory",
+}
 DTYPE_CODES = {"float64": 0, "float32": 1, "bfloat16": 2, "float16": 3}
 
 

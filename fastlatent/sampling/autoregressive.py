@@ -233,7 +233,7 @@ class NextTokenSampler:
                 config.head_dim,
                 kv_dtype=self.kv_dtype,
                 device=self.device,
-            ),  # fmt: skip
+            ),
             torch.empty(rows, config.hidden_size, dtype=self.dtype, device=self.device),
             torch.zeros(1, dtype=torch.int64, device=self.device),
             empty(4, size, config.in_channels),

@@ -73,8 +73,8 @@ def sample(config: SampleConfig) -> None:
             bad = int((~batch.isfinite()).flatten(1).any(1).sum())
             if bad:
                 raise ValueError(
-                    f"{bad} of the samples {begin} to {begin + len(batch) - 1} are not finite; try a smaller --cfg-scale, "
-                    "more --num-inference-steps, or --dtype float32"
+                    f"{bad} of the samples {begin} to {begin + len(batch) - 1} are not finite; try a smaller "
+                    "--cfg-scale, more --num-inference-steps, or --dtype float32"
                 )
             batches.append(batch.cpu())
     latents = torch.cat(batches)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def native_calls(monkeypatch):
 @pytest.fixture(params=[16, 8, 4])
 def lanes(request, monkeypatch):
     """Every instruction set that this CPU has: a narrower CPU repeats its widest."""
-    monkeypatch.setattr("fastlatent.ops.diffusion_head_sample.CPU_LANES", request.param)
+    monkeypatch.setattr(sys.modules["fastlatent.ops.diffusion_head_sample"], "CPU_LANES", request.param)
 
 
 @pytest.mark.parametrize("int8", INT8)
@@ -156,7 +157,9 @@ def test_same_bits_for_any_threads(size, dtype, int8, lanes):
         for threads in (1, 2, 3, 7, 2):
             torch.set_num_threads(threads)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("fastlatent.ops.diffusion_head_sample.modulation_chunks", lambda *_: iter(chunks))
+                patch.setattr(
+                    sys.modules["fastlatent.ops.diffusion_head_sample"], "modulation_chunks", lambda *_: iter(chunks)
+                )
                 results.append(run(arguments, "few_rows"))
     finally:
         torch.set_num_threads(before)
@@ -170,12 +173,14 @@ def test_rows_do_not_depend_on_each_other(dtype):
     arguments = inputs(weights, 2, 5)
     chunks = list(modulation_chunks(*arguments[1:3], weights))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastlatent.ops.diffusion_head_sample.modulation_chunks", lambda *_: iter(chunks))
+        patch.setattr(sys.modules["fastlatent.ops.diffusion_head_sample"], "modulation_chunks", lambda *_: iter(chunks))
         together = run(arguments, "few_rows")
         for n in range(5):
             state, condition, embedding, table, guidance, _, noise = arguments
             one = [(begin, chunk[:, :, n : n + 1].contiguous()) for begin, chunk in chunks]
-            patch.setattr("fastlatent.ops.diffusion_head_sample.modulation_chunks", lambda *_, one=one: iter(one))
+            patch.setattr(
+                sys.modules["fastlatent.ops.diffusion_head_sample"], "modulation_chunks", lambda *_, one=one: iter(one)
+            )
             sliced = [x[:, n : n + 1].contiguous() for x in (state, condition, guidance, noise)]
             alone = run([sliced[0], sliced[1], embedding, table, sliced[2], weights, sliced[3]], "few_rows")
             assert torch.equal(alone, together[:, n : n + 1])
@@ -189,7 +194,7 @@ def test_chunks_of_steps(monkeypatch, native_calls):
         whole = run(arguments, "few_rows")
         step_bytes = 2 * 3 * len(weights.modulation_weight) * 2
         with monkeypatch.context() as patch:
-            patch.setattr("fastlatent.ops.diffusion_head_sample.WORKSPACE_BYTES", 2 * step_bytes)
+            patch.setattr(sys.modules["fastlatent.ops.diffusion_head_sample"], "WORKSPACE_BYTES", 2 * step_bytes)
             native_calls.clear()
             # A product of fewer rows may round otherwise.
             torch.testing.assert_close(run(arguments, "few_rows"), whole, rtol=1e-2, atol=1e-2)
