@@ -285,7 +285,10 @@ def _share(model: Transformer, weights: HeadWeights) -> None:
     """Make the model's head parameters views of the packed weights, so that they are in memory once."""
     hidden, width = weights.hidden_size, weights.down_weight.shape[2]
     modulations = weights.modulation_weight.split([3 * hidden] * weights.blocks + [2 * hidden])
-    views = {"final_layer.adaLN_modulation.1.weight": modulations[-1]}
+    views = {
+        "final_layer.adaLN_modulation.1.weight": modulations[-1],
+        "final_layer.linear.weight": weights.output_weight,
+    }
     for i in range(weights.blocks):
         views |= {
             f"diffusion_blocks.{i}.mlp.fc1.weight": weights.up_weight[i, :width],

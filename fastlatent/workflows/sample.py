@@ -52,8 +52,8 @@ def sample(config: SampleConfig) -> None:
             torch.float32,
             allow_other=config.allow_other_vae,
         )
-    (output if config.decode else output.parent).mkdir(parents=True, exist_ok=True)
     sampler = make_sampler(config, model, checkpoint)
+    (output if config.decode else output.parent).mkdir(parents=True, exist_ok=True)
     batches = []
     with StopRequest() as stop, Progress("sample", len(labels) * checkpoint.num_tokens, "tokens") as progress:
         for begin in range(0, len(labels), config.batch_size):

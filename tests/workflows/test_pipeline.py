@@ -264,7 +264,7 @@ def test_the_compiled_kernels_are_what_runs(chain, tmp_path, monkeypatch):
     assert called == ["gather_rows"] * 4
     called.clear()
     assert chain.sample(tmp_path / "ar", tmp_path / "s.safetensors", "--no-decode").code == 0
-    assert called == ["solver_step"] * 16 * 2  # tokens x steps
+    assert called == (["linear"] * 6 + ["diffusion_head_sample"]) * 16  # one block and the condition, then the head
 
 
 def test_flat_folders_encode_and_do_not_train(chain, tmp_path):
