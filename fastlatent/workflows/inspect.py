@@ -87,7 +87,7 @@ def _file(path: Path) -> dict[str, Any]:
         shard = Shard.open(path)
         metadata = {name: _parsed(text) for name, text in shard.metadata.items()}
         kind = "latent shard" if "fls.format" in metadata else "safetensors file"
-        if str(metadata.get("format", "")).startswith("fastlatent-latents/"):
+        if any(name.startswith("fastlatent-latents/") for name in metadata):
             kind = "sampled latents"
         tensors = {
             name: f"{shard.dtypes[name]} {list(values.shape)}{_range(values, shard.dtypes[name])}"

@@ -49,11 +49,12 @@ class LatentFile:
         return [self.classes[label] if self.classes else str(label) for label in self.labels.tolist()]
 
     def write(self, path: Path) -> None:
-        """Write as safetensors, in one go."""
+        """Write as safetensors, in one go; the same latents give the same bytes."""
         values = dataclasses.asdict(self)
         tensors = {name: values.pop(name).contiguous() for name in ("latents", "labels")}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save(tensors, metadata={"format": FORMAT, "provenance": json.dumps(values)}))
+        # One entry: safetensors writes several in an order that changes from process to process.
+        write_atomic(path, save(tensors, metadata={FORMAT: json.dumps(values)}))
 
 
 def read_latent_file(path: Path) -> LatentFile:
@@ -65,10 +66,10 @@ def read_latent_file(path: Path) -> LatentFile:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if FORMAT not in metadata:
                 raise ValueError(
-                    f"{path}: expected latents written by `fastlatent sample` ({FORMAT}), got format "
-                    f"{metadata.get('format')!r}"
+                    f"{path}: expected latents written by `fastlatent sample` (metadata {FORMAT}), got metadata "
+                    f"{', '.join(sorted(metadata)) or 'of none'}"
                 )
             tensors = {name: file.get_tensor(name) for name in ("latents", "labels")}
     except SafetensorError as error:
@@ -81,7 +82,7 @@ def read_latent_file(path: Path) -> LatentFile:
     if not latents.isfinite().all():
         raise ValueError(f"{path}: its latents hold NaN or infinity; sample again")
     try:
-        read = LatentFile(**tensors, **json.loads(metadata["provenance"]))
+        read = LatentFile(**tensors, **json.loads(metadata[FORMAT]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its provenance is damaged: {error!r}; sample again") from None
     if read.classes and not 0 <= int(labels.min()) <= int(labels.max()) < len(read.classes):
