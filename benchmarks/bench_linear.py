@@ -49,9 +49,10 @@ def prepare(case: harness.Case) -> Iterator[harness.Prepared]:
     buffer = torch.ones(WEIGHTS * size // 4)
     parts = buffer.split(size // 4)
 
-    def cycle(function: Callable, arguments: list) -> Callable[[], Callable[[], object]]:
+    def cycle(function: Callable, arguments: list, first: int = 0) -> Callable[[], Callable[[], object]]:
+        # Each begins at a weight of its own: in step, one would find in the cache what the one before it has read.
         def factory() -> Callable[[], object]:
-            turns = itertools.cycle(arguments)
+            turns = itertools.cycle(arguments[first:] + arguments[:first])
 
             @torch.inference_mode()
             def run() -> object:
@@ -63,13 +64,13 @@ def prepare(case: harness.Case) -> Iterator[harness.Prepared]:
 
     factories = {
         "fastlatent": cycle(lambda weight, scale: linear(x, weight, scale=scale), packed),
-        "torch": cycle(F.linear, [(x, weight) for weight in weights]),
-        "torch-compiled": cycle(torch.compile(F.linear), [(x, weight) for weight in weights]),
+        "torch": cycle(F.linear, [(x, weight) for weight in weights], WEIGHTS // 3),
+        "torch-compiled": cycle(torch.compile(F.linear), [(x, weight) for weight in weights], 2 * WEIGHTS // 3),
         "floor": cycle(torch.Tensor.sum, [(part,) for part in parts]),
     }
     if int8:
         scales = [(x, weight, scale.to(dtype)) for weight, scale in packed]
-        factories["torch-int8"] = cycle(torch._weight_int8pack_mm, scales)
+        factories["torch-int8"] = cycle(torch._weight_int8pack_mm, scales, WEIGHTS // 2)
     try:
         yield harness.Prepared(
             {name: factories[name] for name in case.providers},

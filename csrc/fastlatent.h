@@ -23,9 +23,9 @@ FASTLATENT_API int fastlatent_gather_rows_cpu(const int64_t* table, int64_t shar
 // noise [batch, channels] of state_dtype or null. out_channels is channels, or 2 * channels for learned variance.
 FASTLATENT_API int fastlatent_solver_step_cpu(void* state, const void* output, const void* guidance, const void* row, const void* noise, int64_t ways, int64_t batch, int64_t channels, int64_t out_channels, int64_t state_dtype, int64_t output_dtype);
 
-// out [rows, count] = bias + x [rows, length] times weight [count, length] transposed. x, bias [count], scale and out are
-// f32; weight is of dtype (f32, bf16 or f16), or int8 with a scale for each of its rows where scale is not null.
-FASTLATENT_API int fastlatent_linear_cpu(const void* x, const void* weight, const void* scale, const void* bias, void* out, int64_t rows, int64_t length, int64_t count, int64_t dtype, int64_t threads);
+// out [rows, count] = x [rows, length] times weight [count, length] transposed, all f32; weight is int8 with a scale [count]
+// for each of its rows where scale is not null.
+FASTLATENT_API int fastlatent_linear_cpu(const void* x, const void* weight, const void* scale, void* out, int64_t rows, int64_t length, int64_t count, int64_t threads);
 
 // `steps` solver steps of a whole diffusion head in place, as fastlatent/ops/diffusion_head_sample.py defines them. dtype
 // (f32, bf16 or f16) is that of modulations [steps, ways, batch, (3 * blocks + 2) * hidden] and of the weights; up and down

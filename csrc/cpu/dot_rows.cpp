@@ -160,7 +160,7 @@ __attribute__((noinline)) void dot_block(const float* x, int64_t x_stride, int64
   for (int r = 0; r < R; ++r) {
     for (int n = 0; n < N; ++n) {
       const float total = sum(sums[r][n]);
-      out[r * out_stride + n] = bias[n] + (scale ? scale[n] * total : total);
+      out[r * out_stride + n] = (bias ? bias[n] : 0.0f) + (scale ? scale[n] * total : total);
     }
   }
 }
@@ -195,12 +195,12 @@ void dot(const float* x, int64_t x_stride, int64_t rows, int64_t length, const v
   const auto run = [&](const auto* w) {
     int64_t n = begin;
     for (; n + kOutputs <= end; n += kOutputs) {
-      dot_outputs<kOutputs>(x, x_stride, rows, length, w + n * length, scale ? scale + n : nullptr, bias + n, out + n,
-                            out_stride);
+      dot_outputs<kOutputs>(x, x_stride, rows, length, w + n * length, scale ? scale + n : nullptr, bias ? bias + n : nullptr,
+                            out + n, out_stride);
     }
     for (; n < end; ++n) {
-      dot_outputs<1>(x, x_stride, rows, length, w + n * length, scale ? scale + n : nullptr, bias + n, out + n,
-                     out_stride);
+      dot_outputs<1>(x, x_stride, rows, length, w + n * length, scale ? scale + n : nullptr, bias ? bias + n : nullptr,
+                     out + n, out_stride);
     }
   };
   if (dtype == fastlatent::kInt8) return run(static_cast<const int8_t*>(weight));

@@ -14,7 +14,7 @@ constexpr int64_t kInt8 = -1;
 // vector width: not on the number of rows, the thread, or the place of an output row.
 struct RowKernels {
   // out[r, n] = bias[n] + scale[n] * sum over k of x[r, k] * weight[n, k], for n in [begin, end). weight is
-  // [*, length] of `dtype`; a null scale is 1.
+  // [*, length] of `dtype`; a null scale is 1, a null bias 0.
   void (*dot)(const float* x, int64_t x_stride, int64_t rows, int64_t length, const void* weight, int64_t dtype,
               const float* scale, const float* bias, int64_t begin, int64_t end, float* out, int64_t out_stride);
   // out[i] = norm(x)[i] * (1 + scale[i]) + shift[i]; shift and scale of `dtype`.

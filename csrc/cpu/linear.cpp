@@ -25,18 +25,17 @@ const RowKernels& row_kernels(int64_t lanes) {
 
 }  // namespace fastlatent
 
-int fastlatent_linear_cpu(const void* x, const void* weight, const void* scale, const void* bias, void* out,
-                          int64_t rows, int64_t length, int64_t count, int64_t dtype, int64_t threads) {
+int fastlatent_linear_cpu(const void* x, const void* weight, const void* scale, void* out, int64_t rows, int64_t length,
+                          int64_t count, int64_t threads) {
   using namespace fastlatent;
-  if (dtype != FASTLATENT_F32 && dtype != FASTLATENT_BF16 && dtype != FASTLATENT_F16) return FASTLATENT_BAD_DTYPE;
   const RowKernels& kernels = row_kernels(16);
-  const int64_t size = scale ? 1 : dtype == FASTLATENT_F32 ? 4 : 2;
+  const int64_t dtype = scale ? kInt8 : int64_t{FASTLATENT_F32}, size = scale ? 1 : 4;
   // Starting a thread takes 20 us, in which one thread reads half a MiB.
   threads = std::max<int64_t>(1, std::min(threads, count * length * size / (int64_t{1} << 20)));
   const auto part = [&](int64_t t) {
-    kernels.dot(static_cast<const float*>(x), length, rows, length, weight, scale ? kInt8 : dtype,
-                static_cast<const float*>(scale), static_cast<const float*>(bias), count * t / threads,
-                count * (t + 1) / threads, static_cast<float*>(out), count);
+    kernels.dot(static_cast<const float*>(x), length, rows, length, weight, dtype,
+                static_cast<const float*>(scale), nullptr, count * t / threads, count * (t + 1) / threads,
+                static_cast<float*>(out), count);
   };
   std::vector<std::thread> workers;
   int status = FASTLATENT_OK;

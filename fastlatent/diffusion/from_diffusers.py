@@ -190,15 +190,15 @@ def _ddpm(scheduler: Any, steps: int, eta: float, mu: float | None) -> SolverTab
 
 def _flow(scheduler: Any, steps: int, eta: float, mu: float | None) -> SolverTable:
     config = scheduler.config
-    train_timesteps, dynamic = config["num_train_timesteps"], bool(config.get("use_dynamic_shifting", False))
-    if dynamic and mu is None:
-        raise ValueError(
-            "from_diffusers: expected mu with use_dynamic_shifting=True, got None; pass the mu that set_timesteps gets"
-        )
+    train_timesteps = config["num_train_timesteps"]
     last = torch.tensor(1 / train_timesteps, dtype=torch.float64)
-    if dynamic:
-        exponential = config.get("time_shift_type", "exponential") == "exponential"
-        factor = math.exp(mu) if exponential else float(mu)  # type: ignore[arg-type]
+    if config.get("use_dynamic_shifting", False):
+        if mu is None:
+            raise ValueError(
+                "from_diffusers: expected mu with use_dynamic_shifting=True, got None; pass the mu that set_timesteps "
+                "gets"
+            )
+        factor = math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
         sigma = _shift(torch.linspace(1, last.item(), steps, dtype=torch.float64), factor)
     else:
         # The last sigma is shifted twice: by the constructor and by set_timesteps, whose shift set_shift may change.

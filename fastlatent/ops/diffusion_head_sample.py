@@ -20,9 +20,8 @@ from fastlatent.ops.swiglu_mlp import swiglu_mlp
 WORKSPACE_BYTES = 64 * 2**20
 # The widest vectors of the C++ path, in float32 lanes: AVX-512. Tests run the narrower ones, 8 and 4.
 CPU_LANES = 16
-# The most rows for which "auto" takes the C++ path on the CPU, by the dtype of the FFNs. (16 rows of hidden 1024, ms a
-# step on 2 shared cores with AVX-512: float32 11, plain torch 34; bfloat16 9 and 16; int8 8 and 67. At 32 rows all was
-# measured on a busy machine only.)
+# The most rows for which "auto" takes the C++ path on the CPU, by the dtype of the FFNs. At 16 it wins in all of them
+# (LatentLM-Medium, 20 steps on 2 cores with AVX-512, ms: float32 236 against 676, bfloat16 169 and 199, int8 165).
 CPU_FEW_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16, torch.int8: 32}
 Path = Literal["auto", "reference", "few_rows", "many_rows"]
 # A prediction from the bytes that each path moves; benchmarks/bench_diffusion_head_sample.py forces both to measure it.
@@ -238,9 +237,8 @@ def diffusion_head_sample_reference(
 ) -> None:
     """The definition of `diffusion_head_sample`, in plain torch; in place too."""
     for begin, modulations in modulation_chunks(condition, t_embedding, weights):
-        for k, modulation in enumerate(modulations, begin):
-            output = head_reference(state[0], modulation, weights)
-            solver_step_reference(state, output, guidance, table[k], None if noise is None else noise[k])
+        steps = slice(begin, begin + len(modulations))
+        _reference(state, modulations, table[steps], guidance, None if noise is None else noise[steps], weights)
 
 
 def modulation_chunks(condition: Tensor, t_embedding: Tensor, weights: HeadWeights) -> Iterator[tuple[int, Tensor]]:
@@ -302,31 +300,35 @@ def _run(
         input_weight, input_bias, modulation_weight, modulation_bias, up_weight, up_bias, down_weight, down_bias,
         output_weight, output_bias, up_scale, down_scale, layer_norm, eps,
     )  # fmt: skip
-    cpu = state.device.type == "cpu"
-    if path == "reference" or (path == "many_rows" and cpu):
-        diffusion_head_sample_reference(state, condition, t_embedding, table, guidance, weights, noise)
-    elif path == "few_rows" and cpu:
-        _few_rows_cpu(state, condition, t_embedding, table, guidance, weights, noise)
-    elif path == "few_rows" and state.is_cuda:
-        _few_rows_cuda(state, condition, t_embedding, table, guidance, weights, noise)
-    elif path == "many_rows" and state.is_cuda:
-        _many_rows_cuda(state, condition, t_embedding, table, guidance, weights, noise)
-    else:
+    runs = {
+        "cpu": {"few_rows": _few_rows_cpu, "many_rows": _reference},
+        "cuda": {"few_rows": _few_rows_cuda, "many_rows": _many_rows_cuda},
+    }
+    run = _reference if path == "reference" else runs.get(state.device.type, {}).get(path)
+    if run is None:
         raise ValueError(f"diffusion_head_sample: path {path!r} does not run on {state.device}")
+    for begin, modulations in modulation_chunks(condition, t_embedding, weights):
+        steps = slice(begin, begin + len(modulations))
+        run(state, modulations, table[steps], guidance, None if noise is None else noise[steps], weights)
+
+
+# Each runs the K solver steps of one chunk: modulations [K, W, B, (3L+2)·H], table [K, 16], noise [K, B, C].
+
+
+def _reference(
+    state: Tensor, modulations: Tensor, table: Tensor, guidance: Tensor, noise: Tensor | None, weights: HeadWeights
+) -> None:
+    for k, modulation in enumerate(modulations):
+        output = head_reference(state[0], modulation, weights)
+        solver_step_reference(state, output, guidance, table[k], None if noise is None else noise[k])
 
 
 def _few_rows_cuda(
-    state: Tensor,
-    condition: Tensor,
-    t_embedding: Tensor,
-    table: Tensor,
-    guidance: Tensor,
-    weights: HeadWeights,
-    noise: Tensor | None,
+    state: Tensor, modulations: Tensor, table: Tensor, guidance: Tensor, noise: Tensor | None, weights: HeadWeights
 ) -> None:
     from fastlatent.kernels.diffusion_head_sample import MAX_ROWS, head_steps_triton
 
-    rows = condition.shape[0] * condition.shape[1]
+    rows = modulations.shape[1] * modulations.shape[2]
     if weights.dtype == torch.float64 or rows > MAX_ROWS:
         raise ValueError(
             f"diffusion_head_sample: expected at most {MAX_ROWS} rows and no float64 for path 'few_rows' on CUDA, got "
@@ -334,22 +336,11 @@ def _few_rows_cuda(
         )
     body = [weights.input_weight, weights.input_bias, *weights.tensors()[4:]]
     with torch.cuda.device(state.device):
-        for begin, modulations in modulation_chunks(condition, t_embedding, weights):
-            steps = slice(begin, begin + len(modulations))
-            head_steps_triton(
-                state, modulations, table[steps], guidance, None if noise is None else noise[steps], *body,
-                weights.layer_norm, weights.eps,
-            )  # fmt: skip
+        head_steps_triton(state, modulations, table, guidance, noise, *body, weights.layer_norm, weights.eps)
 
 
 def _many_rows_cuda(
-    state: Tensor,
-    condition: Tensor,
-    t_embedding: Tensor,
-    table: Tensor,
-    guidance: Tensor,
-    weights: HeadWeights,
-    noise: Tensor | None,
+    state: Tensor, modulations: Tensor, table: Tensor, guidance: Tensor, noise: Tensor | None, weights: HeadWeights
 ) -> None:
     """Norm and modulation in one kernel, products with fused epilogues, and the solver step as its op."""
     if weights.up_scale is not None or weights.dtype == torch.float64:
@@ -357,48 +348,39 @@ def _many_rows_cuda(
             "diffusion_head_sample: expected float32, bfloat16 or float16 weights for path 'many_rows' on CUDA, got "
             f"{weights.up_weight.dtype} of {weights.dtype}; use path 'reference'"
         )
-    ways, batch, hidden = condition.shape
+    ways, batch = modulations.shape[1:3]
     w = weights
-    for begin, modulations in modulation_chunks(condition, t_embedding, weights):
-        for k, modulation in enumerate(modulations.flatten(1, 2), begin):
-            parts = modulation.split(hidden, dim=-1)
-            x = F.linear(state[0].to(w.dtype), w.input_weight).to(w.state_dtype) + w.input_bias
-            h = x.repeat(ways, 1)
-            for i in range(w.blocks):
-                shift, scale, gate = parts[3 * i : 3 * i + 3]
-                modulated = norm_modulate(h, shift, scale, layer_norm=w.layer_norm, eps=w.eps)
-                h = swiglu_mlp(modulated, w.up_weight[i], w.up_bias[i], w.down_weight[i], w.down_bias[i], h, gate)
-            modulated = norm_modulate(h, *parts[-2:], layer_norm=w.layer_norm, eps=w.eps)
-            output = F.linear(modulated, w.output_weight).to(w.state_dtype) + w.output_bias
-            step_noise = None if noise is None else noise[k]
-            solver_step(state, output.unflatten(0, (ways, batch)), guidance, table[k], step_noise)
+    for k, modulation in enumerate(modulations.flatten(1, 2)):
+        parts = modulation.split(w.hidden_size, dim=-1)
+        x = F.linear(state[0].to(w.dtype), w.input_weight).to(w.state_dtype) + w.input_bias
+        h = x.repeat(ways, 1)
+        for i in range(w.blocks):
+            shift, scale, gate = parts[3 * i : 3 * i + 3]
+            modulated = norm_modulate(h, shift, scale, layer_norm=w.layer_norm, eps=w.eps)
+            h = swiglu_mlp(modulated, w.up_weight[i], w.up_bias[i], w.down_weight[i], w.down_bias[i], h, gate)
+        modulated = norm_modulate(h, *parts[-2:], layer_norm=w.layer_norm, eps=w.eps)
+        output = F.linear(modulated, w.output_weight).to(w.state_dtype) + w.output_bias
+        solver_step(state, output.unflatten(0, (ways, batch)), guidance, table[k], None if noise is None else noise[k])
 
 
 def _few_rows_cpu(
-    state: Tensor,
-    condition: Tensor,
-    t_embedding: Tensor,
-    table: Tensor,
-    guidance: Tensor,
-    weights: HeadWeights,
-    noise: Tensor | None,
+    state: Tensor, modulations: Tensor, table: Tensor, guidance: Tensor, noise: Tensor | None, weights: HeadWeights
 ) -> None:
-    """All steps of a chunk in one C++ call. Activations stay float32: they are not rounded to the weights' dtype."""
+    """All steps in one C++ call. Activations stay float32: they are not rounded to the weights' dtype."""
     if weights.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             "diffusion_head_sample: expected float32, bfloat16 or float16 weights for path 'few_rows' on the CPU, got "
             f"{weights.dtype}; use path 'many_rows'"
         )
     dtype = _native.DTYPE_CODES[str(weights.dtype).removeprefix("torch.")]
-    body = [weights.input_weight, weights.input_bias, *weights.tensors()[4:]]
-    for begin, modulations in modulation_chunks(condition, t_embedding, weights):
-        inputs = [state, modulations, table[begin:], guidance, None if noise is None else noise[begin:]]
-        _native.call(
-            "cpu", "diffusion_head_sample", *(None if x is None else x.data_ptr() for x in (*inputs, *body)),
-            *modulations.shape[:3], weights.channels, len(weights.output_weight), weights.hidden_size,
-            weights.down_weight.shape[2], weights.blocks, weights.gated, weights.layer_norm, weights.eps, dtype,
-            torch.get_num_threads(), CPU_LANES,
-        )  # fmt: skip
+    tensors = [state, modulations, table, guidance, noise]
+    tensors += [weights.input_weight, weights.input_bias, *weights.tensors()[4:]]
+    _native.call(
+        "cpu", "diffusion_head_sample", *(None if x is None else x.data_ptr() for x in tensors),
+        *modulations.shape[:3], weights.channels, len(weights.output_weight), weights.hidden_size,
+        weights.down_weight.shape[2], weights.blocks, weights.gated, weights.layer_norm, weights.eps, dtype,
+        torch.get_num_threads(), CPU_LANES,
+    )  # fmt: skip
 
 
 LIBRARY.impl("diffusion_head_sample", _run, "CompositeExplicitAutograd")

@@ -1,4 +1,4 @@
-"""linear: a product of few rows on the CPU at the rate the weight can be read, in its dtype or in int8."""
+"""linear: a product of few rows on the CPU, where torch reads a float32 weight slowly and has none in int8."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor")
 def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None) -> Tensor:
     """x · weightᵀ, as torch.nn.functional.linear; sums are float32, rounded once to x's dtype.
 
-    Few rows on the CPU run in C++, where torch reads the weight at a fraction of the memory's rate; everything else is
-    torch's own product. Forward only.
+    On the CPU up to 16 rows with a float32 or int8 weight run in C++; everything else is torch's
+    own product. Forward only.
 
     Args:
         x: [R, K] of float64, float32, bfloat16 or float16.
@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None) -> Tensor:
         )
     if x.requires_grad or weight.requires_grad:
         raise ValueError("linear: expected inputs without gradient; this op only runs forward: use F.linear to train")
-    if scale is None and not _few_rows(x):
+    if scale is None and not _few_rows(x, int8=False):
         return F.linear(x, weight)
     return torch.ops.fastlatent.linear.default(x, weight, scale)
 
@@ -67,26 +67,28 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[..., None]).round().to(torch.int8), scale
 
 
-# Rows up to which the C++ kernel wins: measured, see benchmarks/bench_linear.py.
-FEW_ROWS = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}
+# Rows up to which the C++ kernel wins (benchmarks/bench_linear.py; [4096, 1024], 2 cores with AVX-512, us): float32
+# 1260 against torch's 2020 at 4 rows, 1890 and 2200 at 16. In bfloat16 it reads a weight in 370 where torch takes 480,
+# but only alone: our threads start for each product and share the cores with torch's, which wait spinning, so between
+# torch's own products it takes 660 to 1400. torch's int8 product (318 at 2 rows, ours 387) is private.
+FEW_ROWS = 16
 
 
-def _few_rows(x: Tensor) -> bool:
-    return x.device.type == "cpu" and len(x) <= FEW_ROWS.get(x.dtype, 0)
+def _few_rows(x: Tensor, int8: bool) -> bool:
+    if x.device.type != "cpu" or len(x) > FEW_ROWS:
+        return False
+    return x.dtype != torch.float64 if int8 else x.dtype == torch.float32
 
 
 def _cpu(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    if not _few_rows(x):
+    if not _few_rows(x, scale is not None):
         return linear_reference(x, weight, scale)
-    x, weight = x.contiguous(), weight.contiguous()
-    out = x.new_empty((len(x), len(weight)), dtype=torch.float32)
-    wide = x.float()
-    code = _native.DTYPE_CODES[str(x.dtype).removeprefix("torch.")]
-    bias = out.new_zeros(len(weight))
+    wide, weight = x.float().contiguous(), weight.contiguous()
     scale = None if scale is None else scale.contiguous()
+    out = wide.new_empty(len(x), len(weight))
     _native.call(
         "cpu", "linear", wide.data_ptr(), weight.data_ptr(), None if scale is None else scale.data_ptr(),
-        bias.data_ptr(), out.data_ptr(), len(x), weight.shape[1], len(weight), code, torch.get_num_threads(),
+        out.data_ptr(), len(x), weight.shape[1], len(weight), torch.get_num_threads(),
     )  # fmt: skip
     return out.to(x.dtype)
 

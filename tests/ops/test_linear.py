@@ -44,12 +44,12 @@ def test_error_is_that_of_plain_torch(k, n, dtype, native):
         assert got.dtype == dtype and got.shape == (rows, n)
         # One float32 rounding per term may be ordered otherwise; the half types round once at the end.
         assert error(got, want) <= 1.5 * error(plain, want) + 2e-7 * (dtype != torch.float64)
-    assert len(native) == (0 if dtype == torch.float64 else 5)
+    assert len(native) == (5 if dtype == torch.float32 else 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 40])
-def test_int8(dtype, rows):
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1])
+def test_int8(dtype, rows, native):
     x, weight = inputs(rows, 96, 37, dtype)
     values, scale = quantize_rows(weight)
     want = x.double() @ (values.double() * scale.double()[:, None]).T
@@ -57,6 +57,7 @@ def test_int8(dtype, rows):
     assert error(linear(x, values, scale=scale), want) <= rounding
     # What int8 itself costs: 127 steps to the largest of 96 normal numbers, an error of a 29th of a step each.
     assert error(linear(x, values, scale=scale), x.double() @ weight.double().T) <= 0.015
+    assert len(native) == (2 if rows <= FEW_ROWS and dtype != torch.float64 else 0)
 
 
 def test_quantize_rows():
@@ -68,14 +69,13 @@ def test_quantize_rows():
 
 
 def test_many_rows_are_torchs_own(native):
-    rows = max(FEW_ROWS.values()) + 1
-    x, weight = inputs(rows, 32, 16, torch.float32)
+    x, weight = inputs(FEW_ROWS + 1, 32, 16, torch.float32)
     assert torch.equal(linear(x, weight), F.linear(x, weight)) and not native
 
 
 def test_same_bits_for_any_number_of_threads():
-    # 2 MiB of weight: enough for the kernel to start threads.
-    x, weight = inputs(2, 1024, 1000, torch.bfloat16)
+    # 4 MiB of weight: enough for the kernel to start threads.
+    x, weight = inputs(2, 1024, 1000, torch.float32)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
@@ -93,7 +93,7 @@ def test_rows_do_not_depend_on_each_other():
 
 
 def test_nan_and_zero_rows():
-    x, weight = inputs(2, 64, 8, torch.bfloat16)
+    x, weight = inputs(2, 64, 8, torch.float32)
     weight[3, 5] = torch.nan
     assert linear(x, weight).isnan().nonzero()[:, 1].unique().tolist() == [3]
     assert linear(x[:0], weight).shape == (0, 8)

@@ -67,7 +67,10 @@ def diffusers_states(scheduler, module, monkeypatch, model=network, **step_optio
 
 def mar_states(steps, temperature):
     """p_sample_loop of guided diffusion with learned_range variance, respaced from 1000 cosine steps."""
-    bar = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
+
+    def bar(u):
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
     betas = [min(1 - bar((i + 1) / 1000) / bar(i / 1000), 0.999) for i in range(1000)]
     stride = 999 / (steps - 1) if steps > 1 else 1
     position, kept = 0.0, []
