@@ -1,8 +1,7 @@
-"""Turn what was committed into a generation: manifest, index, statistics, quarantine; dataset.json last."""
+"""Turn what was committed into the contents of a generation, and publish it."""
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,11 @@ from typing import Any
 import numpy as np
 
 from fastlatent.store.build import JOURNAL, PLAN, Committed, journal_generation
-from fastlatent.store.files import TEMPORARY, canonical_json, write_atomic
-from fastlatent.store.reader import Dataset, open_checked, root_digest
+from fastlatent.store.files import TEMPORARY, write_atomic
+from fastlatent.store.generation import Contents, DatasetInfo, listing, publish
+from fastlatent.store.reader import Dataset, open_checked
 from fastlatent.store.records import (
-    FORMAT,
-    ROOT,
     Bucket,
-    FileRecord,
     ShardRecord,
     digest_columns,
     digest_strings,
@@ -27,23 +24,10 @@ from fastlatent.store.records import (
     key_list,
 )
 from fastlatent.store.scan import Pair, Scanned
-from fastlatent.store.shard import Shard, chunks, layout
+from fastlatent.store.shard import Shard
 from fastlatent.store.statistics import Statistics
 
 Place = tuple[int, int]  # a shard's number in the manifests, and a row of it
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What `finish` published, or found to be current already."""
-
-    path: Path
-    generation: int
-    fingerprint: str
-    rows: int
-    shards: int
-    bytes: int
-    quarantined: int
 
 
 def index_rows(current: Dataset | None) -> dict[Pair, int]:
@@ -88,68 +72,34 @@ def merge(
 
     Nothing is written to dataset.json where it would say what it says already.
     """
-    generation = current.generation + 1 if current else 1
-    nothing: dict[str, Any] = {"manifests": [], "indexes": [None], "statistics": None, "quarantine": None}
-    before = current.root if current else nothing
     added = [one.shard for one in committed if one.shard]
-    shards = [*(current.shards if current else ()), *added]
+    kept = current.shards if current else []
     dtype = current.buckets[0].dtype if current else next((one.dtype for one in committed if one.shard), "F16")
-    source = _Source(path, fingerprint, [Bucket(bucket, dtype, 0)], shards)
-
-    def put(kind: str, suffix: str, data: bytes, previous: object) -> dict[str, Any]:
-        """Write DATASET/kind/GENERATION.suffix, or name the previous generation's file if it is the same."""
-        record = FileRecord.of(f"{kind}/{generation:06d}.{suffix}", data)
-        if previous is not None:
-            old = FileRecord.parse(previous, ROOT)
-            if (old.bytes, old.xxh3_128) == (record.bytes, record.xxh3_128):
-                return vars(old)
-        write_atomic(path / record.path, data)
-        return vars(record)
-
-    def listing(name: str, entries: list[dict[str, Any]]) -> bytes:
-        return canonical_json({"format": FORMAT, "fingerprint": fingerprint, name: entries}) + b"\n"
-
+    source = _Source(path, fingerprint, [Bucket(bucket, dtype, 0)], [*kept, *added])
     bad = _quarantine(scan, current, committed)
     good = [one for one in scan if one.pair not in bad]
-    quarantine = None
-    if bad:
-        quarantine = put("quarantine", "json", listing("files", list(bad.values())), before["quarantine"])
     if not good:
-        reasons = "".join(f"\n  {one['key']}: {one['error']}: {one['reason']}" for one in list(bad.values())[:3])
-        where = f"; all {len(bad)} are listed in {path / quarantine['path']}:{reasons}" if quarantine else ""
-        raise ValueError(f"{path}: expected at least one file that can be encoded, got 0 of {len(scan)}{where}")
-
-    columns = _index(good, current, indexed, revived | source.places(len(shards) - len(added)), source)
-    header, tensors = layout(columns, (), {"fls.format": FORMAT, "fls.fingerprint": fingerprint})
-    manifests = list(before["manifests"])
-    if added:
-        manifests.append(put("manifest", "json", listing("shards", [one.to_dict() for one in added]), None))
-    statistics = _statistics(columns, source).to_dict()
-    root: dict[str, Any] = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "totals": {
-            "rows": len(good),
-            "shards": len(shards),
-            "bytes": sum(one.bytes for one in shards),
-            "quarantined": len(bad),
-        },
-        "buckets": [{"shape": list(bucket), "dtype": dtype, "rows": len(good)}],
-        "fields": [{"name": "moments", "required": True}],
-        "classes": classes,
-        "manifests": manifests,
-        "indexes": [put("index", "safetensors", b"".join(chunks(header, tensors)), before["indexes"][0])],
-        "statistics": put("statistics", "json", canonical_json(statistics) + b"\n", before["statistics"]),
-        "quarantine": quarantine,
-    }
-    if current and all(current.root.get(name) == value for name, value in root.items()):
-        generation = current.generation
-    else:
-        root |= {"generation": generation, "previous_generation": current.generation if current else None}
-        root["xxh3_128"] = root_digest(root)
-        write_atomic(path / ROOT, json.dumps(root, indent=1, sort_keys=True).encode("ascii") + b"\n")
-    size = sum(one.bytes for one in shards)
-    return DatasetInfo(path, generation, fingerprint, len(good), len(shards), size, len(bad))
+        listed = ""
+        if bad:
+            file = path / "quarantine" / f"{current.generation + 1 if current else 1:06d}.json"
+            write_atomic(file, listing(fingerprint, "files", list(bad.values())))
+            reasons = "".join(f"\n  {one['key']}: {one['error']}: {one['reason']}" for one in list(bad.values())[:3])
+            listed = f"; all {len(bad)} are listed in {file}:{reasons}"
+        raise ValueError(f"{path}: expected at least one file that can be encoded, got 0 of {len(scan)}{listed}")
+    index = _index(good, current, indexed, revived | source.places(len(kept)), source)
+    contents = Contents(
+        fingerprint=fingerprint,
+        classes=classes,
+        buckets=[Bucket(bucket, dtype, len(good))],
+        fields=[{"name": "moments", "required": True}],
+        manifests=current.root["manifests"] if current else [],
+        kept=kept,
+        added=added,
+        index=index,
+        statistics=_statistics(index, source),
+        quarantine=list(bad.values()),
+    )
+    return publish(path, current, contents)
 
 
 def clean(path: Path, generation: int) -> None:

@@ -4,63 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import xxhash
-
 from fastlatent.store.build import Committed, Journal, Lock, plan_path, read_journals, read_plan, write_plan
+from fastlatent.store.cut import Cutter
 from fastlatent.store.files import TEMPORARY, canonical_json, make_directory, write_atomic
-from fastlatent.store.merge import (
-    DatasetInfo,
-    Place,
-    clean,
-    index_rows,
-    merge,
-    quarantined_files,
-    revive,
-)
+from fastlatent.store.generation import DatasetInfo
+from fastlatent.store.merge import Place, clean, index_rows, merge, quarantined_files, revive
 from fastlatent.store.provenance import differences, fingerprint
 from fastlatent.store.reader import PROVENANCE, Dataset, read_provenance
-from fastlatent.store.records import (
-    FORMAT,
-    ROOT,
-    PlannedItem,
-    Quarantined,
-    ShardRecord,
-    Unit,
-    check_shape,
-    digest_columns,
-    encode_key,
-    key_columns,
-    key_hashes,
-)
+from fastlatent.store.records import ROOT, Quarantined, Unit, check_shape, encode_key
+from fastlatent.store.rows import Rows, write_rows
 from fastlatent.store.scan import Entry, Pair, Scanned, scan, sort_entries
-from fastlatent.store.shard import write_shard
-from fastlatent.store.statistics import Statistics
 
 MAX_SHARD_BYTES = 1 << 30  # a unit is assembled in memory
-DTYPES = {np.dtype(np.float16): "F16", np.dtype(np.float32): "F32", np.dtype(np.uint16): "BF16"}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one unit, in its order, files in quarantine left out.
-
-    Attributes:
-        keys: N keys.
-        moments: [N, F, 2C, H, W], mean||logvar, unscaled; float16, float32, or uint16 holding bfloat16 bits.
-        orig_hw: int32 [N, 2], height and width of the source image.
-        crop: int32 [N, 4], top, left, height, width of what the latent shows, in the source image, rounded.
-    """
-
-    keys: list[str]
-    moments: np.ndarray
-    orig_hw: np.ndarray
-    crop: np.ndarray
 
 
 class DatasetWriter:
@@ -169,7 +128,7 @@ class DatasetWriter:
         wanted = {one.pair: one for one in files if one.pair not in self._indexed and one.pair not in settled}
         self._revived = revive(self._current, set(wanted))
         wanted = {pair: one for pair, one in wanted.items() if pair not in self._revived}
-        units = self._cut(wanted, pending)
+        units = Cutter(self.fingerprint, self._bucket, self._unit_rows).cut(wanted, pending, self._committed)
         if units or plan_path(self.path, self._generation).exists():
             write_plan(self.path, self._generation, self.fingerprint, units)
         self._units = {unit.id: unit for unit in units}
@@ -198,18 +157,22 @@ class DatasetWriter:
                 f"unit {unit.id}: expected rows for {len(items)} keys in the unit's order, got "
                 f"{len(rows.keys)} keys that begin {rows.keys[:3]!r:.200}"
             )
-        dtype = self._check_rows(unit, rows)
-        finite = _finite_rows(rows.moments, dtype)
+        rows.check(unit)
+        others = {one.dtype for one in self._committed.values() if one.shard}
+        others |= {one.dtype for one in self._current.buckets} if self._current else set()
+        if others - {rows.dtype}:
+            raise ValueError(f"moments: expected {others.pop()} as in the rest of the dataset, got {rows.dtype}")
+        finite = rows.finite()
         for item, good in zip(items, finite, strict=True):
             if not good:
-                reason = f"its latent holds NaN or infinity (as {dtype})"
+                reason = f"its latent holds NaN or infinity (as {rows.dtype})"
                 bad[item.key] = Quarantined(item.key, item.digest, reason, "FloatingPointError")
         shard = None
         if finite.any():
             kept = [item for item, good in zip(items, finite, strict=True) if good]
-            shard = self._write(unit, kept, dtype, rows, finite)
+            shard = write_rows(self.path, self._hashed, unit, kept, rows, finite)
         order = tuple(bad[item.key] for item in unit.items if item.key in bad)
-        committed = Committed(self._generation, unit.id, dtype, shard, order)
+        committed = Committed(self._generation, unit.id, rows.dtype, shard, order)
         self._journal.append(committed)
         self._committed[unit.id] = committed
 
@@ -249,104 +212,6 @@ class DatasetWriter:
             for item in unit.items:
                 known[encode_key(item.key)] = item.size, item.mtime_ns, item.digest
         return known
-
-    def _cut(self, wanted: dict[Pair, Scanned], pending: list[Unit]) -> list[Unit]:
-        """The plan's units: of the pending plan whatever still holds, then what is left, cut in key order.
-
-        Units that are committed stay while one of their files is wanted. Of the others either all stay or
-        none: a unit that lost a file would be cut differently, and then so should its neighbours be, lest
-        many small units pile up.
-        """
-        left = dict(wanted)
-        units: list[Unit] = []
-        for unit in pending:
-            pairs = [(encode_key(item.key), item.digest) for item in unit.items]
-            if unit.id in self._committed and any(pair in left for pair in pairs):
-                units.append(unit)
-                for pair in pairs:
-                    left.pop(pair, None)
-        open_units = [unit for unit in pending if unit.id not in self._committed]
-        items = [(encode_key(item.key), item.digest) for unit in open_units for item in unit.items]
-        if all(pair in left for pair in items) and all(unit.bucket == self._bucket for unit in open_units):
-            for unit in open_units:
-                pairs = [(encode_key(item.key), item.digest) for item in unit.items]
-                units.append(self._unit([left.pop(pair) for pair in pairs]))
-        rest = list(left.values())
-        for start in range(0, len(rest), self._unit_rows):
-            units.append(self._unit(rest[start : start + self._unit_rows]))
-        return sorted(units, key=lambda unit: (encode_key(unit.items[0].key), unit.id))
-
-    def _unit(self, files: list[Scanned]) -> Unit:
-        items = tuple(PlannedItem(one.name, one.path, one.digest, one.size, one.mtime_ns) for one in files)
-        return Unit.of(self.fingerprint, self._bucket, items)
-
-    def _check_rows(self, unit: Unit, rows: Rows) -> str:
-        dtype = DTYPES.get(rows.moments.dtype)
-        if dtype is None:
-            raise ValueError(f"moments: expected float16, float32 or uint16 (bfloat16), got {rows.moments.dtype}")
-        count = len(rows.keys)
-        for name, shape in (("moments", self._bucket), ("orig_hw", (2,)), ("crop", (4,))):
-            found = getattr(rows, name).shape
-            if found != (count, *shape):
-                raise ValueError(f"{name}: expected {(count, *shape)}, got {found} for unit {unit.id}")
-        for name in ("orig_hw", "crop"):
-            if getattr(rows, name).dtype.kind not in "iu":
-                raise ValueError(f"{name}: expected int32, got {getattr(rows, name).dtype}")
-        others = {one.dtype for one in self._committed.values() if one.shard}
-        others |= {one.dtype for one in self._current.buckets} if self._current else set()
-        if others - {dtype}:
-            raise ValueError(f"moments: expected {others.pop()} as in the rest of the dataset, got {dtype}")
-        return dtype
-
-    def _write(self, unit: Unit, items: list[PlannedItem], dtype: str, rows: Rows, finite: np.ndarray) -> ShardRecord:
-        moments = np.ascontiguousarray(rows.moments if finite.all() else rows.moments[finite])
-        keys = [encode_key(item.key) for item in items]
-        payload = moments.reshape(len(keys), -1).view(np.uint8)
-        columns = {
-            "sample_id": key_hashes(keys),
-            **key_columns(keys),
-            "src_xxh3": digest_columns([item.digest for item in items]),
-            "orig_hw": rows.orig_hw[finite].astype("<i4"),
-            "crop": rows.crop[finite].astype("<i4"),
-            "row_xxh3": np.array([xxhash.xxh3_64_intdigest(row.data) for row in payload], "<u8"),
-            "moments": moments,
-        }
-        name = "x".join(map(str, unit.bucket))
-        channels = unit.bucket[1] // 2
-        metadata = {
-            "fls.format": FORMAT,
-            "fls.fingerprint": self.fingerprint,
-            "fls.provenance": canonical_json(self._hashed).decode(),
-            "fls.unit": unit.id,
-            "fls.bucket": name,
-            "fls.fields": canonical_json(["moments"]).decode(),
-            "fls.scaling": "raw",
-            "fls.pixel_range": str(self._hashed.get("pixel_range", "-1,1")),
-            "fls.posterior": "mean,logvar",
-            "fls.channels": f"0..{channels - 1} mean, {channels}..{2 * channels - 1} logvar",
-        }
-        bf16 = {"moments"} if dtype == "BF16" else set()
-        file = write_shard(self.path / "shards" / name, unit.id, columns, bf16, metadata)
-        return ShardRecord(
-            unit=unit.id,
-            path=file.path.relative_to(self.path).as_posix(),
-            bytes=file.bytes,
-            header_bytes=file.header_bytes,
-            header_xxh3_64=file.header_xxh3_64,
-            xxh3_128=file.xxh3_128,
-            rows=len(keys),
-            bucket=0,
-            first_key=items[0].key,
-            last_key=items[-1].key,
-            statistics=Statistics.of(moments, dtype),
-        )
-
-
-def _finite_rows(moments: np.ndarray, dtype: str) -> np.ndarray:
-    """bool [N]: an exponent of all ones is infinity or NaN; 3x as fast as isfinite on float16."""
-    mask, bits = {"F16": (0x7C00, np.uint16), "BF16": (0x7F80, np.uint16), "F32": (0x7F800000, np.uint32)}[dtype]
-    flat = np.ascontiguousarray(moments).view(bits)
-    return np.array([not ((row & mask) == mask).any() for row in flat], bool)
 
 
 def _check_ours(path: Path) -> None:

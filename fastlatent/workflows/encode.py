@@ -31,7 +31,9 @@ from fastlatent.pipeline.progress import Progress
 from fastlatent.sources.image_folder import Item, scan_image_folder
 from fastlatent.store.reader import PROVENANCE, Dataset, read_provenance
 from fastlatent.store.records import PlannedItem, Quarantined, Unit
-from fastlatent.store.writer import DatasetWriter, Entry, Rows
+from fastlatent.store.rows import Rows
+from fastlatent.store.scan import Entry
+from fastlatent.store.writer import DatasetWriter
 from fastlatent.workflows.runtime import DTYPES, available_cores, keep_config, refuse_output_in_source, set_up
 
 READERS = 4

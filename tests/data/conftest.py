@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastlatent.store.writer import DatasetWriter, Entry, Rows
+from fastlatent.store.rows import Rows
+from fastlatent.store.scan import Entry
+from fastlatent.store.writer import DatasetWriter
 
 PROVENANCE = {"hashed": {"vae": {"weights": "0" * 64}}, "informational": {"vae_path": "none"}}
 

@@ -10,7 +10,9 @@ import xxhash
 
 from fastlatent.store import scan as scan_module
 from fastlatent.store.reader import Dataset, build_state
-from fastlatent.store.writer import DatasetWriter, Entry, Quarantined
+from fastlatent.store.records import Quarantined
+from fastlatent.store.scan import Entry
+from fastlatent.store.writer import DatasetWriter
 
 
 def open_writer(toy, path, classes=(), **arguments):

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastlatent.store.writer import DatasetWriter, Entry, Quarantined, Rows
+from fastlatent.store.records import Quarantined
+from fastlatent.store.rows import Rows
+from fastlatent.store.scan import Entry
+from fastlatent.store.writer import DatasetWriter
 
 BUCKET = (1, 4, 2, 2)  # one mirror, 2 channels of mean and 2 of logvar, 2 x 2 positions: 32 bytes a row in float16
 PROVENANCE = {"hashed": {"vae": {"weights": "a1b2c3d4" * 8}, "size": 256}, "informational": {"torch": "none"}}
