@@ -18,6 +18,22 @@ extern "C" {
 // of each shard's first row and its number of rows. Rows are row_bytes long.
 FASTLATENT_API int fastlatent_gather_rows_cpu(const int64_t* table, int64_t shard_count, const int64_t* shard_index, const int64_t* row_index, int64_t rows, int64_t row_bytes, void* out, int64_t threads);
 
+// The same rows, and out as above, read from files by pread instead of mapped memory: files [file_count, 3] holds the
+// descriptor, the byte where row 0 begins and the number of rows of each. Rows that follow each other in a file and in out
+// are read together. depth = 0: by `threads` threads; else through one io_uring of that many entries. failure [2]: -1, 0; or
+// the first position in out that could not be read (rows where the io_uring itself was refused) and errno, 0 at the file's end.
+FASTLATENT_API int fastlatent_read_rows_cpu(const int64_t* files, int64_t file_count, const int64_t* shard_index, const int64_t* row_index, int64_t rows, int64_t row_bytes, void* out, int64_t threads, int64_t depth, int64_t* failure);
+
+// Brings the pages of these rows into memory, all at once, and into the page tables: MADV_WILLNEED, then MADV_POPULATE_READ
+// where the kernel has it. table as for gather_rows, failure as for read_rows: a file that was cut is EFAULT, not SIGBUS.
+FASTLATENT_API int fastlatent_populate_rows_cpu(const int64_t* table, int64_t shard_count, const int64_t* shard_index, const int64_t* row_index, int64_t rows, int64_t row_bytes, int64_t* failure);
+
+// Of the pages that [address, address + bytes) of a mapped file touches: counts [2] = how many are in memory, how many there are.
+FASTLATENT_API int fastlatent_count_resident_cpu(int64_t address, int64_t bytes, int64_t* counts);
+
+// Tells the kernel that the whole pages within [address, address + bytes) are read at random: MADV_RANDOM, no read-ahead.
+FASTLATENT_API int fastlatent_advise_random_cpu(int64_t address, int64_t bytes);
+
 // One solver step in place. state [4, batch, channels] = (x, D1, D2, x_base) of dtype state_dtype (f64 or f32);
 // output [ways, batch, out_channels] of dtype output_dtype; guidance [ways, batch] and row [16] of state_dtype;
 // noise [batch, channels] of state_dtype or null. out_channels is channels, or 2 * channels for learned variance.
@@ -33,5 +49,11 @@ FASTLATENT_API int fastlatent_linear_cpu(const void* x, const void* weight, cons
 // to the weights' dtype. The same bits for any number of threads; the last bits depend on the vector width, which is the
 // widest that the CPU has and `lanes` (float32 lanes: 16, 8, 4) allows.
 FASTLATENT_API int fastlatent_diffusion_head_sample_cpu(void* state, const void* modulations, const void* table, const void* guidance, const void* noise, const void* input_weight, const void* input_bias, const void* up_weight, const void* up_bias, const void* down_weight, const void* down_bias, const void* output_weight, const void* output_bias, const void* up_scale, const void* down_scale, int64_t steps, int64_t ways, int64_t batch, int64_t channels, int64_t out_channels, int64_t hidden, int64_t width, int64_t blocks, int64_t gated, int64_t layer_norm, double eps, int64_t dtype, int64_t threads, int64_t lanes);
+
+// Latents drawn from moments, as fastlatent/ops/sample_posterior.py defines them. moments [batch, flips, channels, spatial],
+// twice the channels with has_logvar; int8 where scale [batch, flips, scales] is not null, else of `dtype` (f32, bf16, f16).
+// scales is 1 or the moments' channels. mean and std [channels] or both null. out f32 [batch, channels, spatial]. seed is 64
+// bits, epoch 32.
+FASTLATENT_API int fastlatent_sample_posterior_cpu(const void* moments, const int64_t* key_hash, const float* mean, const float* std, const float* scale, float* out, int64_t batch, int64_t flips, int64_t channels, int64_t spatial, int64_t scales, int64_t has_logvar, int64_t seed, int64_t epoch, int64_t dtype, int64_t threads);
 
 }

@@ -26,6 +26,13 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "sample": (config.SampleConfig, "sample", "sample"),
     "decode": (config.DecodeConfig, "decode", "decode"),
     "inspect": (config.InspectConfig, "inspect", "inspect"),
+    "verify": (config.VerifyConfig, "verify", "verify"),
+    "repair": (config.RepairConfig, "maintain", "repair"),
+    "stats": (config.StatsConfig, "maintain", "stats"),
+    "gc": (config.GcConfig, "maintain", "gc"),
+    "merge": (config.MergeConfig, "maintain", "merge"),
+    "split": (config.SplitConfig, "maintain", "split"),
+    "filter": (config.FilterConfig, "maintain", "filter"),
     "doctor": (config.DoctorConfig, "doctor", "doctor"),
 }
 # Exit codes: 0 done, 1 the job failed, 2 the command line is wrong, 130 interrupted.
@@ -42,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     namespace, unknown = parser.parse_known_args(arguments)
     command, given = namespace.command, vars(namespace)
     cls, module, function = COMMANDS[command]
-    flags = {k: v for k, v in given.items() if k not in ("command", "train_command", "config", "dry_run")}
+    own_dry_run = any(field.name == "dry_run" for field in dataclasses.fields(cls))  # then it is a setting of the job
+    general = ("command", "train_command", "config", *(() if own_dry_run else ("dry_run",)))
+    flags = {k: v for k, v in given.items() if k not in general}
     try:
         if unknown:
             raise ValueError(_unknown(unknown[0], cls))
@@ -54,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = config.to_yaml(resolved)
         if text:
             print(f"# fastlatent {command}\n{text}", end="", flush=True)
-        if given["dry_run"]:
+        if not own_dry_run and given["dry_run"]:
             return 0
         result = _imported(module, function)(resolved)
         return result if isinstance(result, int) else 0
@@ -146,19 +155,21 @@ def _add_command(subparsers: Any, word: str, command: str, cls: type) -> None:
     for field in sorted(dataclasses.fields(cls), key=lambda f: f.default is not dataclasses.MISSING):
         _add_field(parser, field, hints[field.name])
     parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file; flags override it")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    if "dry_run" not in hints:
+        parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
 
 
 def _add_field(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
     kind, _ = config.value_type(hint)
     help = field.metadata["help"].replace("%", "%%")
     if field.metadata["positional"]:
-        parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, metavar=field.name.upper(), help=help)
+        nargs = "*" if kind is tuple else "?"
+        parser.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, metavar=field.name.upper(), help=help)
         return
     flag = "--" + field.name.replace("_", "-")
     if field.default is dataclasses.MISSING:
         help += " (required)"
-    elif field.default is not None:
+    elif field.default not in (None, ()):
         default = ",".join(map(str, field.default)) if kind is tuple else field.default
         help += f" (default: {default})"
     if kind is bool:
@@ -167,6 +178,9 @@ def _add_field(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: 
         return
     choices = field.metadata["choices"]
     metavar = "|".join(choices) if choices else {int: "N", float: "X", tuple: "N,N,…"}.get(kind, "TEXT")
+    if kind is tuple and config.item_type(hint) is str:
+        parser.add_argument(flag, nargs="+", action="extend", default=argparse.SUPPRESS, metavar="TEXT", help=help)
+        return
     parse: Any = _whole_numbers if kind is tuple else kind
     parser.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=help)
 

@@ -199,6 +199,81 @@ class InspectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Check a dataset against its digests and against itself; exit code 1 where something is wrong."""
+
+    dataset: str = required("dataset folder", positional=True)
+    full: bool = option(False, "read every byte: digests of shards and rows, NaN, index, statistics")
+    reencode: int = option(0, "encode so many samples, drawn at random, again and compare", minimum=0)
+    vae: str | None = option(None, "for --reencode: the autoencoder; otherwise where it was when the set was encoded")
+    source: str | None = option(None, "for --reencode: the images; otherwise where they were then")
+    seed: int = option(0, "of the draw of --reencode", minimum=0, maximum=MAX_SEED)
+    tolerance: float = option(
+        0.02, "relative error of a row where another engine wrote it; on the same one every bit must agree", minimum=0
+    )
+    threads: int = option(0, "shards read at a time; 0: as many as there are cores", minimum=0, maximum=MAX_THREADS)
+    device: str = option("auto", "for --reencode: auto (the kind that wrote the set), cpu, cuda …")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    """Take damaged and missing shards out of a dataset, so that a rerun of encode makes exactly those again."""
+
+    dataset: str = required("dataset folder", positional=True)
+    threads: int = option(0, "shards read at a time; 0: as many as there are cores", minimum=0, maximum=MAX_THREADS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsConfig:
+    """Print the statistics of a dataset, in float64: of all channels together and of each."""
+
+    dataset: str = required("dataset folder", positional=True)
+    per: str = option("dataset", "bucket: also of each shape of latent", choices=("dataset", "bucket"))
+    recompute: bool = option(False, "read every latent instead of merging what each shard has recorded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcConfig:
+    """Remove what the current generation of a dataset does not need: earlier ones, unused shards, left-overs."""
+
+    dataset: str = required("dataset folder", positional=True)
+    dry_run: bool = option(False, "only say what would be removed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Make one dataset of several that were encoded with the same settings; their shards are shared, not copied."""
+
+    datasets: tuple[str, ...] = required("dataset folders, two or more", positional=True)
+    out: str = required("folder of the new dataset")
+    copy: bool = option(False, "copy the shards instead of linking to them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Divide a dataset at random, by keys: a sample never changes sides, however the dataset grows."""
+
+    dataset: str = required("dataset folder", positional=True)
+    out: str = required("prefix: the new datasets are PREFIX-NAME")
+    fractions: str = required('shares that add up to 1, such as "train=0.9,val=0.1"')
+    seed: int = option(0, "of the draw", minimum=0, maximum=MAX_SEED)
+    copy: bool = option(False, "copy the shards instead of linking to them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Make a dataset of the samples of another that meet all conditions; their shards are shared, not copied."""
+
+    dataset: str = required("dataset folder", positional=True)
+    out: str = required("folder of the new dataset")
+    classes: tuple[str, ...] = option((), "names; the new dataset has these classes only")
+    keys: tuple[str, ...] = option((), 'patterns such as "ant/*.png", of which a key must match one; * matches / too')
+    min_size: int = option(0, "shorter side of the source image, in pixels", minimum=0)
+    list: str | None = option(None, "file of keys, one a line")
+    copy: bool = option(False, "copy the shards instead of linking to them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Report what is installed, what is missing, the remedy, and the path each command would take."""
 
@@ -260,33 +335,41 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def value_type(hint: Any) -> tuple[type, bool]:
-    """(plain type, may be None) of a field's annotation; tuple[int, ...] is given as tuple."""
+    """(plain type, may be None) of a field's annotation; tuple[int, ...] and tuple[str, ...] are given as tuple."""
     if isinstance(hint, types.UnionType):
         inner = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
         return inner[0], True
     return (tuple, False) if typing.get_origin(hint) is tuple else (hint, False)
 
 
+def item_type(hint: Any) -> type:
+    """What a tuple holds: int or str; any other field holds one thing of its own type."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else value_type(hint)[0]
+
+
 def _checked(origin: str, field: dataclasses.Field, hint: Any, value: Any) -> Any:
     kind, optional = value_type(hint)
     where = f"{origin}: {field.name}"
+    item = item_type(hint)
     if isinstance(value, str) and kind is not str and origin == CONFIG_FILE:
-        value = _parsed(kind, value)
+        value = (value,) if kind is tuple and item is str else _parsed(kind, value)
     if optional and (value is None or (origin == CONFIG_FILE and value in _NULL)):
         return None
     if kind is tuple and isinstance(value, list):
-        value = tuple(_parsed(int, v) if isinstance(v, str) else v for v in value)
+        value = tuple(_parsed(item, v) if isinstance(v, str) else v for v in value)
     if kind is float and type(value) is int:
         value = float(value)
-    whole_numbers = isinstance(value, tuple) and value and all(type(v) is int for v in value)
+    sound = kind is not tuple or (isinstance(value, tuple) and all(type(v) is item for v in value))
+    if kind is tuple and item is int:
+        sound = sound and bool(value)
     if kind is float and type(value) is float and not math.isfinite(value):
         raise ValueError(f"{where}: expected a finite number, got {value}")
     if kind is str and isinstance(value, list):
         raise ValueError(f'{where}: expected text, got a list; write it as "{",".join(map(str, value))}"')
     if kind is str and value == "":
         raise ValueError(f"{where}: expected text, got nothing")
-    if type(value) is not kind or (kind is tuple and not whole_numbers):
-        expected = "a list of whole numbers" if kind is tuple else kind.__name__
+    if type(value) is not kind or not sound:
+        expected = f"a list of {'whole numbers' if item is int else 'texts'}" if kind is tuple else kind.__name__
         raise ValueError(f"{where}: expected {expected}, got {value!r}")
     choices, minimum, maximum = (field.metadata[name] for name in ("choices", "minimum", "maximum"))
     if choices and value not in choices:

@@ -17,7 +17,13 @@ CONFIGS = [cls for cls, _, _ in COMMANDS.values()]
 def required_values(cls):
     """Text for every required setting; names that YAML would read as something else."""
     oddities = iter(("no", "1e-4", "007", "~"))
-    return {f.name: next(oddities) for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+    hints = typing.get_type_hints(cls)
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    return {name: (next(oddities),) if is_list(hints[name]) else next(oddities) for name in needed}
+
+
+def is_list(hint):
+    return config.value_type(hint)[0] is tuple
 
 
 def other_value(field, hint):
@@ -29,7 +35,7 @@ def other_value(field, hint):
     if kind is bool:
         return not field.default
     if kind is tuple:
-        return (8, 16)
+        return (8, 16) if config.item_type(hint) is int else ("007", "a, b", "- é")
     if kind is int:
         return (field.default or 2) + 1
     if kind is float:
@@ -83,6 +89,19 @@ def test_refused(values, message):
 def test_lists_hold_whole_numbers(value):
     with pytest.raises(ValueError, match="block_out_channels: expected a list of whole numbers"):
         config.build(config.TrainVaeConfig, TRAIN_VAE | {"block_out_channels": value}, {})
+
+
+@pytest.mark.parametrize(("text", "value"), [("a,b", ("a,b",)), ("[a, 7]", ("a", "7")), ("[]", ())])
+def test_lists_of_texts(tmp_path, text, value):
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"dataset: d\nout: o\nclasses: {text}\n")
+    assert config.build(config.FilterConfig, config.read_yaml(str(path)), {}).classes == value
+
+
+@pytest.mark.parametrize("value", [[7], [["a"]], 7, True])
+def test_lists_of_texts_hold_texts(value):
+    with pytest.raises(ValueError, match="classes: expected a list of texts"):
+        config.build(config.FilterConfig, {"dataset": "d", "out": "o", "classes": value}, {})
 
 
 @pytest.mark.parametrize("value", [math.nan, "nan", -1e-9, "fast"])

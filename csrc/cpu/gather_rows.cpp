@@ -9,12 +9,19 @@
 
 namespace {
 
-// The next rows are asked for while this one is copied: random rows defeat the hardware prefetcher.
-constexpr int64_t kAhead = 2;
+// Five rows are copied side by side, 128 bytes of each in turn, while the next five are fetched into the level-2 cache,
+// as much of them as is being copied. A random row does not teach the hardware prefetcher its way before it ends; five
+// at once keep five of its streams, and more misses in flight. 256 rows of 8 KiB, one thread, p20 on a quiet machine
+// (contiguous memcpy of as many bytes: 85 us):
+//   row by row 234; the first 512 B two rows ahead prefetched 195; whole rows ahead into level 1 231, into level 2 177;
+//   2, 3, 4, 5, 6, 8, 16 rows side by side 171, 150, 129, 129, 128, 140, 180; 4 with the next 4 prefetched 117, 5 112.
+// Tried and dropped: non-temporal stores (138 for 118), AVX-512 (133, the same), rep movsb (179), rows sorted by address
+// (no gain), pages as streams instead of rows (131), prefetching the destination for writing (no gain). Page-table walks
+// cost 8 to 15 us of it: that is what the same copy gains from huge pages, which a mapped file does not get.
+constexpr int64_t kTogether = 5;
+constexpr int64_t kPiece = 128;
 constexpr int64_t kCacheLine = 64;
-// Only a row's first lines are worth a prefetch; its sequential rest the hardware finds by itself.
-// (2 rows ahead by 512 B: 216 us for 256 rows of 8 KiB; without 255; whole rows 252 to 283.)
-constexpr int64_t kPrefetchBytes = 512;
+constexpr int kLevel2 = 2;  // __builtin_prefetch's locality; prefetcht1
 // Starting a thread takes as long as copying half a MiB, and one thread comes near what memory gives: with 2 threads
 // 256 rows of 8 KiB took 218 us, with one 190.
 constexpr int64_t kBytesPerThread = 4 << 20;
@@ -24,13 +31,28 @@ void copy_range(const int64_t* table, const int64_t* shard_index, const int64_t*
   const auto source = [&](int64_t i) {
     return reinterpret_cast<const char*>(table[2 * shard_index[i]]) + row_index[i] * row_bytes;
   };
-  for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end) {
-      const char* next = source(i + kAhead);
-      for (int64_t b = 0; b < std::min(row_bytes, kPrefetchBytes); b += kCacheLine) __builtin_prefetch(next + b);
+  const int64_t whole = row_bytes / kPiece * kPiece;
+  int64_t i = begin;
+  for (; i + kTogether <= end; i += kTogether) {
+    const char* from[kTogether];
+    const char* next[kTogether];
+    for (int64_t k = 0; k < kTogether; ++k) {
+      from[k] = source(i + k);
+      next[k] = source(std::min(i + kTogether + k, end - 1));
     }
-    std::memcpy(out + i * row_bytes, source(i), row_bytes);
+    char* to = out + i * row_bytes;
+    for (int64_t b = 0; b < whole; b += kPiece) {
+      for (int64_t k = 0; k < kTogether; ++k) {
+        for (int64_t line = 0; line < kPiece; line += kCacheLine) __builtin_prefetch(next[k] + b + line, 0, kLevel2);
+        std::memcpy(to + k * row_bytes + b, from[k] + b, kPiece);
+      }
+    }
+    for (int64_t k = 0; k < kTogether; ++k) {
+      __builtin_prefetch(next[k] + whole, 0, kLevel2);
+      std::memcpy(to + k * row_bytes + whole, from[k] + whole, row_bytes - whole);
+    }
   }
+  for (; i < end; ++i) std::memcpy(out + i * row_bytes, source(i), row_bytes);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ from fastlatent.ops.gather_rows import ShardTable, gather_rows, gather_rows_refe
 from fastlatent.ops.linear import linear, linear_reference, quantize_rows
 from fastlatent.ops.norm_modulate import norm_modulate, norm_modulate_reference
 from fastlatent.ops.rope_append_kv import rope_append_kv, rope_append_kv_reference
+from fastlatent.ops.sample_posterior import sample_posterior, sample_posterior_reference
 from fastlatent.ops.solver_step import solver_step, solver_step_reference
 from fastlatent.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_reference
 
@@ -25,6 +26,8 @@ __all__ = [
     "quantize_rows",
     "rope_append_kv",
     "rope_append_kv_reference",
+    "sample_posterior",
+    "sample_posterior_reference",
     "solver_step",
     "solver_step_reference",
     "swiglu_mlp",

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlatent.store.build import JOURNAL, PLAN, Committed, journal_generation
-from fastlatent.store.files import TEMPORARY, write_atomic
+from fastlatent.store.files import TEMPORARY, natural, parse_json, read_bytes, write_atomic
 from fastlatent.store.generation import Contents, DatasetInfo, listing, publish
 from fastlatent.store.reader import Dataset, open_checked
 from fastlatent.store.records import (
+    ROOT,
     Bucket,
+    Field,
+    Schema,
     ShardRecord,
+    Unit,
     digest_columns,
     digest_strings,
     encode_key,
@@ -23,10 +29,11 @@ from fastlatent.store.records import (
     key_hashes,
     key_list,
 )
-from fastlatent.store.scan import Pair, Scanned
+from fastlatent.store.scan import Entry, Pair, Scanned
 from fastlatent.store.shard import Shard
 from fastlatent.store.statistics import Statistics
 
+GENERATION = "generation"  # the folder of copies of every dataset.json
 Place = tuple[int, int]  # a shard's number in the manifests, and a row of it
 
 
@@ -44,6 +51,26 @@ def quarantined_files(current: Dataset | None) -> dict[Pair, dict[str, Any]]:
     return {(encode_key(one["key"]), one["digest"]): one for one in (current.quarantine if current else ())}
 
 
+def changed_groups(current: Dataset | None, files: list[Scanned]) -> set[Pair]:
+    """The pairs of every group that has gained, lost or changed a file since `current`: it must be encoded anew.
+
+    A group is one contiguous read, and rows never move.
+    """
+    if current is None or current.groups is None:
+        return set()
+    groups = current.groups
+    before: dict[str, list[Pair]] = {groups.key(i): [] for i in range(len(groups))}
+    names = list(before)
+    for pair, i in index_rows(current).items():
+        before[names[groups.group[i]]].append(pair)
+    bad = quarantined_files(current)
+    now: dict[str, list[Pair]] = {}
+    for one in files:
+        if one.pair not in bad:
+            now.setdefault(one.entry.group, []).append(one.pair)
+    return {pair for name, pairs in now.items() if pairs != before.get(name) for pair in pairs}
+
+
 def revive(current: Dataset | None, wanted: set[Pair]) -> dict[Pair, Place]:
     """Rows that no key points to now but that are wanted again, because a file came back."""
     found: dict[Pair, Place] = {}
@@ -52,7 +79,9 @@ def revive(current: Dataset | None, wanted: set[Pair]) -> dict[Pair, Place]:
     live = np.bincount(current.shard, minlength=len(current.shards)).tolist()
     for i, record in enumerate(current.shards):
         if live[i] < record.rows:
-            with closing(open_checked(current.path, record, current.buckets, current.fingerprint)) as shard:
+            with closing(
+                open_checked(current.path, record, current.buckets, current.fingerprint, current.extras)
+            ) as shard:
                 found.update({pair: (i, row) for row, pair in enumerate(_pairs(shard)) if pair in wanted})
     return found
 
@@ -60,22 +89,26 @@ def revive(current: Dataset | None, wanted: set[Pair]) -> dict[Pair, Place]:
 def merge(
     path: Path,
     fingerprint: str,
-    bucket: tuple[int, ...],
+    schema: Schema,
     classes: list[str],
     current: Dataset | None,
     scan: list[Scanned],
     indexed: dict[Pair, int],
     revived: dict[Pair, Place],
-    committed: list[Committed],
+    committed: list[tuple[Unit, Committed]],
 ) -> DatasetInfo:
     """Write the generation after `current`: exactly the files of `scan`; `committed` is in plan order.
 
     Nothing is written to dataset.json where it would say what it says already.
     """
-    added = [one.shard for one in committed if one.shard]
     kept = current.shards if current else []
-    dtype = current.buckets[0].dtype if current else next((one.dtype for one in committed if one.shard), "F16")
-    source = _Source(path, fingerprint, [Bucket(bucket, dtype, 0)], [*kept, *added])
+    shapes = [one.shape for one in current.buckets] if current else []
+    used = {unit.bucket for unit, one in committed if one.shard}
+    shapes += [shape for shape in schema.buckets if shape in used and shape not in shapes]
+    added = [replace(one.shard, bucket=shapes.index(unit.bucket)) for unit, one in committed if one.shard]
+    dtype = current.buckets[0].dtype if current else next((one.dtype for _, one in committed if one.shard), "F16")
+    buckets = [Bucket(shape, dtype, 0, schema.payload) for shape in shapes]
+    source = _Source(path, fingerprint, buckets, [*kept, *added], schema.extras)
     bad = _quarantine(scan, current, committed)
     good = [one for one in scan if one.pair not in bad]
     if not good:
@@ -87,11 +120,12 @@ def merge(
             listed = f"; all {len(bad)} are listed in {file}:{reasons}"
         raise ValueError(f"{path}: expected at least one file that can be encoded, got 0 of {len(scan)}{listed}")
     index = _index(good, current, indexed, revived | source.places(len(kept)), source)
+    rows = np.bincount(index["bucket"], minlength=len(buckets)).tolist()
     contents = Contents(
         fingerprint=fingerprint,
         classes=classes,
-        buckets=[Bucket(bucket, dtype, len(good))],
-        fields=[{"name": "moments", "required": True}],
+        buckets=[replace(bucket, rows=count) for bucket, count in zip(buckets, rows, strict=True)],
+        fields=schema.fields,
         manifests=current.root["manifests"] if current else [],
         kept=kept,
         added=added,
@@ -102,16 +136,42 @@ def merge(
     return publish(path, current, contents)
 
 
+def published(dataset: Dataset) -> DatasetInfo:
+    """What the `publish` of this generation returned."""
+    totals = dataset.totals
+    return DatasetInfo(
+        dataset.path, dataset.generation, dataset.fingerprint,
+        totals.rows, totals.shards, totals.bytes, totals.quarantined,
+    )  # fmt: skip
+
+
+def keep_copy(path: Path) -> None:
+    """Keep the current dataset.json as generation/GGGGGG.json, for who wants this generation later."""
+    data = read_bytes(path / ROOT)
+    copy = path / GENERATION / f"{natural(parse_json(data, ROOT), 'generation', ROOT):06d}.json"
+    if not copy.exists() or copy.read_bytes() != data:
+        write_atomic(copy, data)
+
+
 def clean(path: Path, generation: int) -> None:
-    """Remove plans and journals of generations up to `generation`, and unfinished files. Never a shard."""
+    """Remove plans and journals of generations up to `generation`. Never a shard."""
     for plan in (path / PLAN).glob("*.json"):
         if plan.stem.isdecimal() and int(plan.stem) <= generation:
-            plan.unlink()
+            _remove(plan)
     for journal in (path / JOURNAL).glob("*.jsonl"):
         if journal_generation(journal) <= generation:
-            journal.unlink()
+            _remove(journal)
+
+
+def sweep(path: Path) -> None:
+    """Remove unfinished files. Only for who is alone: another writer's are about to be renamed."""
     for temporary in path.rglob(f"{TEMPORARY}*-{'[0-9a-f]' * 32}"):
-        temporary.unlink()
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    with suppress(FileNotFoundError):  # another writer was faster
+        os.unlink(path)
 
 
 @dataclass(frozen=True)
@@ -122,9 +182,10 @@ class _Source:
     fingerprint: str
     buckets: list[Bucket]
     shards: list[ShardRecord]
+    extras: Sequence[Field]
 
     def open(self, i: int) -> Shard:
-        return open_checked(self.path, self.shards[i], self.buckets, self.fingerprint)
+        return open_checked(self.path, self.shards[i], self.buckets, self.fingerprint, self.extras)
 
     def places(self, first: int) -> dict[Pair, Place]:
         """Where every row of the shards from `first` on lies."""
@@ -139,12 +200,16 @@ def _pairs(shard: Shard) -> list[Pair]:
     return list(zip(key_list(shard.columns), digest_strings(shard.columns["src_xxh3"]), strict=True))
 
 
-def _quarantine(scan: list[Scanned], current: Dataset | None, committed: list[Committed]) -> dict[Pair, dict[str, Any]]:
+def _quarantine(
+    scan: list[Scanned], current: Dataset | None, committed: list[tuple[Unit, Committed]]
+) -> dict[Pair, dict[str, Any]]:
     """The quarantine entries of the scan's files, in key order."""
     known = quarantined_files(current)
-    known |= {(encode_key(one.key), one.digest): one.to_dict() for unit in committed for one in unit.quarantined}
+    known |= {(encode_key(one.key), one.digest): one.to_dict() for _, unit in committed for one in unit.quarantined}
     return {
-        one.pair: {**known[one.pair], "size": one.size, "mtime_ns": one.mtime_ns} for one in scan if one.pair in known
+        one.pair: {**known[one.pair], "size": one.entry.size, "mtime_ns": one.entry.mtime_ns}
+        for one in scan
+        if one.pair in known
     }
 
 
@@ -177,18 +242,35 @@ def _index(
             orig_hw[at] = opened.columns["orig_hw"][row[at]]
             crop[at] = opened.columns["crop"][row[at]]
     keys = [one.key for one in good]
+    entries = [one.entry for one in good]
     return {
         "key_hash": key_hashes(keys),
-        "bucket": np.zeros(count, "<u2"),
+        "bucket": np.array([one.bucket for one in source.shards], "<u2")[shard],
         "shard": shard,
         "row": row,
-        "label": np.array([one.label for one in good], "<i8"),
-        "src_size": np.array([one.size for one in good], "<u8"),
-        "src_mtime_ns": np.array([one.mtime_ns for one in good], "<i8"),
+        "label": np.array([one.label for one in entries], "<i8"),
+        "src_size": np.array([one.size for one in entries], "<u8"),
+        "src_mtime_ns": np.array([one.mtime_ns for one in entries], "<i8"),
         "src_xxh3": digest_columns([one.digest for one in good]),
         "orig_hw": orig_hw,
         "crop": crop,
         **key_columns(keys),
+        **_groups(entries),
+    }
+
+
+def _groups(entries: list[Entry]) -> dict[str, np.ndarray]:
+    """The index's columns of groups, numbered in their order; none where the files have no groups."""
+    if not entries[0].group:
+        return {}
+    names = list(dict.fromkeys(entry.group for entry in entries))
+    number = {name: i for i, name in enumerate(names)}
+    columns = key_columns([encode_key(name) for name in names])
+    return {
+        "group": np.array([number[entry.group] for entry in entries], "<u4"),
+        "order": np.array([entry.order for entry in entries], "<i8"),
+        "group.offsets": columns["key.offsets"],
+        "group.utf8": columns["key.utf8"],
     }
 
 
@@ -208,7 +290,17 @@ def _statistics(columns: dict[str, np.ndarray], source: _Source) -> Statistics:
         part = record.statistics
         if len(live) < record.rows:
             with closing(source.open(i)) as opened:
-                part = Statistics.of(opened.columns["moments"][live], opened.dtypes["moments"])
+                part = row_statistics(opened, source.buckets[record.bucket], live)
         total = part if total is None else total.merge(part)
     assert total is not None
     return total
+
+
+def row_statistics(shard: Shard, bucket: Bucket, rows: np.ndarray) -> Statistics:
+    """Of these rows of a shard."""
+    name = bucket.payload
+    values, scale = shard.columns[name], shard.columns.get(f"{name}.scale")
+    if bucket.ragged:
+        offsets = shard.columns[f"{name}.offsets"].astype(np.int64)
+        rows = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows.tolist()])
+    return Statistics.of(values[rows], bucket.dtype, name, None if scale is None else scale[rows])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,22 @@ from fastlatent.store.files import (
     read_bytes,
 )
 from fastlatent.store.provenance import fingerprint as fingerprint_of
-from fastlatent.store.records import FORMAT, ROOT, Bucket, FileRecord, Quarantined, ShardRecord, decode_key
+from fastlatent.store.records import (
+    FORMAT,
+    PAYLOADS,
+    ROOT,
+    Bucket,
+    Field,
+    FileRecord,
+    Quarantined,
+    ShardRecord,
+    decode_key,
+)
 from fastlatent.store.shard import Shard
 from fastlatent.store.statistics import Statistics
 
 PROVENANCE = "provenance.json"
-KNOWN_FIELDS = frozenset({"moments"})  # payloads this reader understands
+GENERATION = "generation"  # holds a copy of every generation's dataset.json
 # index column -> (dtype in the file, sizes after the row axis)
 INDEX_COLUMNS = {
     "key_hash": ("U64", ()), "bucket": ("U16", ()), "shard": ("U32", ()), "row": ("U32", ()), "label": ("I64", ()),
@@ -65,6 +75,8 @@ class Dataset:
             xxh3_128) of the source file.
         orig_hw, crop: int32 [N, 2], int32 [N, 4]: see `fastlatent.store`.
         key_offsets, key_utf8: uint64 [N+1], uint8: key i is key_utf8[key_offsets[i] : key_offsets[i+1]].
+        payload: "moments", "latents" or "tokens". extras: the further tensors of every row.
+        groups: which samples belong together; None where the dataset has no groups.
         root: dataset.json itself. quarantine: the entries of the quarantine file.
 
     The columns are views over one private mapping, shared between processes until something writes to them.
@@ -87,7 +99,9 @@ class Dataset:
             raise ValueError(f"{what}: 'classes': expected strings, got {self.classes!r:.200}")
         totals = member(root, "totals", dict, what)
         self.totals = Totals(*(natural(totals, name, what) for name in ("rows", "shards", "bytes", "quarantined")))
-        self.buckets = [Bucket.parse(one, f"{what}: buckets") for one in member(root, "buckets", list, what)]
+        self.payload, self.extras = _fields(root, what)
+        buckets = member(root, "buckets", list, what)
+        self.buckets = [Bucket.parse(one, f"{what}: buckets", self.payload) for one in buckets]
         self.shards = _read_manifests(path, root, self.fingerprint, len(self.buckets))
         recorded = FileRecord.parse(member(root, "statistics", dict, what), f"{what}: statistics")
         self.statistics = Statistics.from_dict(recorded.read_json(path), str(path / recorded.path))
@@ -105,19 +119,29 @@ class Dataset:
         self.crop = index["crop"]
         self.key_offsets = index["key.offsets"]
         self.key_utf8 = index["key.utf8"]
+        self.groups = Groups.parse(index, str(path / ROOT)) if "group" in index else None
         self._check_totals()
         self._open_shards: dict[int, Shard] = {}
 
     @classmethod
-    def open(cls, path: Path | str) -> Dataset:
-        """Open the current generation.
+    def open(cls, path: Path | str, *, generation: int | None = None) -> Dataset:
+        """Open the current generation, or an earlier one, which stays until `fastlatent gc`.
 
         Raises:
-            ValueError: no dataset there, one that is not finished, another format version, or damage anywhere
-                but in the latents; it names the file, what was expected and what came.
+            ValueError: no dataset there, one that is not finished, another format version, no such generation, or
+                damage anywhere but in the latents; it names the file, what was expected and what came.
         """
         path = Path(path)
-        return cls(path, read_root(path))
+        root = read_root(path)
+        if generation is not None and generation != root["generation"]:
+            file = path / GENERATION / f"{generation:06d}.json"
+            if not file.is_file():
+                kept = sorted(int(one.stem) for one in (path / GENERATION).glob("*.json") if one.stem.isdecimal())
+                raise ValueError(
+                    f"{path}: expected a generation that is there, {kept or [root['generation']]}, got {generation}"
+                )
+            root = _checked_root(file)
+        return cls(path, root)
 
     def __len__(self) -> int:
         return self.totals.rows
@@ -139,8 +163,23 @@ class Dataset:
             ValueError: missing, truncated, extended, or with another header than the one that was committed.
         """
         if i not in self._open_shards:
-            self._open_shards[i] = open_checked(self.path, self.shards[i], self.buckets, self.fingerprint)
+            record = self.shards[i]
+            self._open_shards[i] = open_checked(self.path, record, self.buckets, self.fingerprint, self.extras)
         return self._open_shards[i]
+
+    def group_rows(self, group: int) -> tuple[int, int, int]:
+        """Where group number `group` lies: its shard, the first row there, and how many; in the group's order.
+
+        Raises:
+            ValueError: there are no groups, or the rows do not follow each other (a writer keeps them together).
+        """
+        if self.groups is None:
+            raise ValueError(f"{self.path}: expected a dataset with groups, got one without")
+        samples = self.groups.samples(group)
+        shard, row = self.shard[samples], self.row[samples]
+        if (shard != shard[0]).any() or (np.diff(row.astype(np.int64)) != 1).any():
+            raise ValueError(f"{self.path}: expected the rows of group {self.groups.key(group)!r} to follow each other")
+        return int(shard[0]), int(row[0]), len(row)
 
     def _check_totals(self) -> None:
         """Raise ValueError where index, manifests and totals contradict each other."""
@@ -160,9 +199,57 @@ class Dataset:
             raise ValueError(f"{what}, got {self.buckets} beside {counts} rows in the index")
         if self.label.min() < -1 or self.label.max() >= len(self.classes):
             raise ValueError(f"{what}, got labels outside -1 to {len(self.classes) - 1}")
-        channels = {bucket.shape[1] // 2 for bucket in self.buckets}
+        channels = {bucket.channels for bucket in self.buckets}
         if channels != {len(self.statistics.mean)}:
             raise ValueError(f"{what}, got statistics of {len(self.statistics.mean)} channels, not {channels}")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Samples that belong together and have an order: the frames of a trajectory, the clips of a video.
+
+    Attributes:
+        group: uint32 [N], the number of each sample's group; samples of one group follow each other in the index.
+        order: int64 [N], increasing within a group.
+        offsets, utf8: uint64 [G+1], uint8: the groups' keys, as those of the samples.
+    """
+
+    group: np.ndarray
+    order: np.ndarray
+    offsets: np.ndarray
+    utf8: np.ndarray
+
+    @classmethod
+    def parse(cls, index: Mapping[str, np.ndarray], what: str) -> Groups:
+        rows = index["row"].shape
+        wanted = {
+            "group": ("<u4", rows),
+            "order": ("<i8", rows),
+            "group.offsets": ("<u8", None),
+            "group.utf8": ("u1", None),
+        }
+        for name, (dtype, shape) in wanted.items():
+            column = index.get(name)
+            if column is None or column.dtype != dtype or column.ndim != 1 or column.shape != (shape or column.shape):
+                raise ValueError(f"{what}: expected an index with a column {name!r} of {dtype}, one value per sample")
+        groups = cls(*(index[name] for name in wanted))
+        check_offsets(groups.offsets, len(groups.utf8), "group.offsets", what)
+        if (groups.group[1:] < groups.group[:-1]).any() or int(groups.group[-1]) != len(groups) - 1:
+            raise ValueError(f"{what}: expected an index whose groups follow each other, 0 to {len(groups) - 1}")
+        return groups
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def key(self, group: int) -> str:
+        start, end = self.offsets[group : group + 2].tolist()
+        return decode_key(self.utf8[start:end].tobytes())
+
+    def samples(self, group: int) -> slice:
+        """The group's samples, in order, as a slice of the index."""
+        if not 0 <= group < len(self):
+            raise ValueError(f"expected a group from 0 to {len(self) - 1}, got {group}")
+        return slice(*np.searchsorted(self.group, [group, group + 1]).tolist())
 
 
 @dataclass
@@ -226,6 +313,10 @@ def read_root(path: Path) -> dict[str, Any]:
     file = path / ROOT
     if not file.is_file():
         raise ValueError(f"{file}: {_why_missing(path)}")
+    return _checked_root(file)
+
+
+def _checked_root(file: Path) -> dict[str, Any]:
     root = parse_json(read_bytes(file), str(file))
     if member(root, "format", str, str(file)) != FORMAT:
         raise ValueError(
@@ -240,9 +331,9 @@ def read_root(path: Path) -> dict[str, Any]:
         )
     for field in member(root, "fields", list, str(file)):
         name = member(field, "name", str, f"{file}: fields")
-        if field.get("required") is not False and name not in KNOWN_FIELDS:
+        if field.get("required") is not False and name not in PAYLOADS:
             raise ValueError(
-                f"{file}: fields: expected only {sorted(KNOWN_FIELDS)} to be required, got {name!r:.100}: "
+                f"{file}: fields: expected only {sorted(PAYLOADS)} to be required, got {name!r:.100}: "
                 "use a newer version of fastlatent"
             )
     return root
@@ -279,7 +370,9 @@ def read_provenance(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_checked(path: Path, record: ShardRecord, buckets: list[Bucket], fingerprint: str) -> Shard:
+def open_checked(
+    path: Path, record: ShardRecord, buckets: list[Bucket], fingerprint: str, extras: Sequence[Field] = ()
+) -> Shard:
     """Open one shard and hold it against its manifest record."""
     file = inside(path, record.path, "manifest")
     shard = Shard.open(file, expected_bytes=record.bytes)
@@ -290,20 +383,49 @@ def open_checked(path: Path, record: ShardRecord, buckets: list[Bucket], fingerp
         "fls.format": FORMAT,
         "fls.fingerprint": fingerprint,
         "fls.unit": record.unit,
-        "moments": (bucket.dtype, (rows, *bucket.shape)),
-        "key.offsets": ("U64", (rows + 1,)),
-    } | {name: (dtype, (rows, *rest)) for name, (dtype, rest) in SHARD_COLUMNS.items()}
+    }
     found: dict[str, object] = {"header_bytes": shard.header_bytes, "header_xxh3_64": shard.header_xxh3_64}
     found |= shard.metadata
-    found |= {name: (dtype, shard.columns[name].shape) for name, dtype in shard.dtypes.items()}
+    columns: dict[str, tuple[str, list[tuple[int, ...]]]] = {}
+    for name, dtype, shape, ragged in _tensors(bucket, extras):
+        if ragged:
+            offsets = shard.columns.get(f"{name}.offsets")
+            columns[f"{name}.offsets"] = ("U64", [(rows + 1,)])
+            total = int(offsets[-1]) if offsets is not None and offsets.ndim == 1 and len(offsets) else 0
+            columns[name] = (dtype, [(total, *shape)])
+        else:
+            columns[name] = (dtype, [(rows, *shape)])
+    if bucket.dtype == "I8":
+        name = bucket.payload
+        (whole,) = columns[name][1]
+        columns[f"{name}.scale"] = ("F32", [whole[:1]] if bucket.ragged else [whole[:2], whole[:3]])
+    columns |= {name: (dtype, [(rows, *rest)]) for name, (dtype, rest) in SHARD_COLUMNS.items()}
+    columns["key.offsets"] = ("U64", [(rows + 1,)])
     for name, value in expected.items():
         if found.get(name) != value:
             raise ValueError(
                 f"{file}: {name}: expected {value!r}, got {found.get(name)!r:.200}: the header is damaged, or "
                 "the file is of another dataset; restore it from a copy"
             )
+    for name, (dtype, shapes) in columns.items():
+        column = shard.columns.get(name)
+        if column is None or shard.dtypes[name] != dtype or column.shape not in shapes:
+            came = "no such column" if column is None else f"{shard.dtypes[name]} {column.shape}"
+            raise ValueError(
+                f"{file}: {name}: expected {dtype} {' or '.join(map(str, shapes))}, got {came}: the header is damaged, "
+                "or the file is of another dataset; restore it from a copy"
+            )
+        if name.endswith(".offsets") and name != "key.offsets":
+            check_offsets(column, len(shard.columns[name.removesuffix(".offsets")]), name, str(file))
     check_keys(shard.columns, shard.dtypes, str(file))
     return shard
+
+
+def _tensors(bucket: Bucket, extras: Sequence[Field]) -> Iterator[tuple[str, str, tuple[int, ...], bool]]:
+    """Name, dtype, shape of a row (its first axis left out where it is ragged) and whether it is, of every tensor."""
+    yield bucket.payload, bucket.dtype, bucket.shape[2:] if bucket.ragged else bucket.shape, bucket.ragged
+    for field in extras:
+        yield field.name, field.dtype, field.shape[1:] if field.ragged else field.shape, field.ragged
 
 
 def check_keys(columns: dict[str, np.ndarray], dtypes: dict[str, str], what: str) -> None:
@@ -311,8 +433,23 @@ def check_keys(columns: dict[str, np.ndarray], dtypes: dict[str, str], what: str
     offsets, utf8 = columns["key.offsets"], columns.get("key.utf8")
     if utf8 is None or dtypes["key.utf8"] != "U8" or utf8.ndim != 1:
         raise ValueError(f"{what}: expected a column key.utf8 of U8 [bytes], got {dtypes.get('key.utf8')}")
-    if offsets[0] != 0 or offsets[-1] != len(utf8) or (offsets[1:] < offsets[:-1]).any():
-        raise ValueError(f"{what}: expected key.offsets to rise from 0 to {len(utf8)}, got {offsets!r:.200}")
+    check_offsets(offsets, len(utf8), "key.offsets", what)
+
+
+def check_offsets(offsets: np.ndarray, length: int, name: str, what: str) -> None:
+    """Raise ValueError unless `offsets` rise from 0 to `length`."""
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != length or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"{what}: expected {name} to rise from 0 to {length}, got {offsets!r:.200}")
+
+
+def _fields(root: Mapping[str, Any], what: str) -> tuple[str, list[Field]]:
+    """The payload, and the further tensors of every row that are described as this version describes them."""
+    fields = member(root, "fields", list, what)
+    payloads = [field["name"] for field in fields if field.get("required") is not False]
+    if len(payloads) != 1:
+        raise ValueError(f"{what}: fields: expected one payload of {sorted(PAYLOADS)}, got {payloads!r:.100}")
+    optional = [field for field in fields if field.get("required") is False and {"dtype", "shape"} <= set(field)]
+    return payloads[0], [Field.parse(field, f"{what}: fields") for field in optional]
 
 
 def _read_manifests(path: Path, root: dict[str, Any], fingerprint: str, buckets: int) -> list[ShardRecord]:

@@ -20,12 +20,15 @@ from fastlatent.store.files import (
     parse_json,
     read_bytes,
 )
+from fastlatent.store.shard import DTYPES
 from fastlatent.store.statistics import Statistics
 
 FORMAT = "fls/1"
 ROOT = "dataset.json"
-PAYLOAD_DTYPES = {"F16": 2, "F32": 4, "BF16": 2}  # what `moments` may be stored as -> bytes a value
+PAYLOAD_DTYPES = {"F16": 2, "F32": 4, "BF16": 2, "I8": 1}  # what a payload may be stored as -> bytes a value
+PAYLOADS = ("moments", "latents", "tokens")
 MAX_ROW_BYTES = 1 << 32
+RAGGED = -1  # the length of an axis that differs from row to row
 Data = bytes | memoryview  # a record has a field `bytes`, so the type needs another name inside it
 
 
@@ -82,28 +85,120 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Field:
+    """One more tensor of every row, an embedding or a caption's bytes, say: its name, dtype and the shape of a row.
+
+    A first size of RAGGED: rows [L, ...] of L of their own; the shard holds them one after another, and NAME.offsets.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        taken = self.name.partition(".")[0] in TAKEN
+        if not self.name or taken or self.name.endswith((".offsets", ".scale", ".utf8")) or self.name[0] == "_":
+            raise ValueError(
+                f"field {self.name!r}: expected a name that the format leaves free, not of {sorted(TAKEN)}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"field {self.name!r}: expected a dtype among {sorted(DTYPES)}, got {self.dtype!r:.100}")
+        sizes = self.shape[1:] if self.shape[:1] == (RAGGED,) else self.shape
+        if not all(type(size) is int and size >= 1 for size in sizes) or math.prod(sizes) > MAX_ROW_BYTES // 8:
+            raise ValueError(f"field {self.name!r}: expected sizes >= 1 (the first may be -1), got {self.shape!r:.100}")
+
+    @property
+    def ragged(self) -> bool:
+        return self.shape[:1] == (RAGGED,)
+
+    @classmethod
+    def parse(cls, value: object, what: str) -> Field:
+        shape = tuple(member(value, "shape", list, what))
+        return cls(member(value, "name", str, what), member(value, "dtype", str, what), shape)
+
+    def to_dict(self) -> dict[str, object]:
+        return {"name": self.name, "required": False, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+TAKEN = frozenset(PAYLOADS) | {"sample_id", "key", "src_xxh3", "orig_hw", "crop", "row_xxh3", "group", "label"}
+
+
+@dataclass(frozen=True)
 class Bucket:
-    """One shape of row, [F, 2C, H, W]; F = 2 with the mirrored image, else 1. The index has `rows` of them."""
+    """One shape of row of the dataset's payload; the index has `rows` of them."""
 
     shape: tuple[int, ...]
     dtype: str
     rows: int
+    payload: str = "moments"
 
     @classmethod
-    def parse(cls, value: object, what: str) -> Bucket:
+    def parse(cls, value: object, what: str, payload: str) -> Bucket:
         shape = tuple(member(value, "shape", list, what))
-        check_shape(shape, what)
+        check_shape(shape, what, payload)
         dtype = member(value, "dtype", str, what)
         if dtype not in PAYLOAD_DTYPES:
             raise ValueError(f"{what}: 'dtype': expected one of {sorted(PAYLOAD_DTYPES)}, got {dtype!r:.100}")
-        return cls(shape, dtype, natural(value, "rows", what))
+        return cls(shape, dtype, natural(value, "rows", what), payload)
+
+    @property
+    def ragged(self) -> bool:
+        return RAGGED in self.shape
+
+    @property
+    def channels(self) -> int:
+        """Latent channels C, or D of tokens."""
+        return self.shape[2] if self.payload == "tokens" else self.shape[1] // (2 if self.payload == "moments" else 1)
 
 
-def check_shape(shape: tuple[int, ...], what: str) -> None:
-    """Raise ValueError unless `shape` is [F, 2C, H, W] with F = 1 or 2, every size >= 1, and of sane size."""
-    sound = len(shape) == 4 and all(type(size) is int and size >= 1 for size in shape)
-    if not sound or shape[0] > 2 or shape[1] % 2 or math.prod(shape) > MAX_ROW_BYTES // 4:
-        raise ValueError(f"{what}: expected a row shape [F, 2C, H, W] with F = 1 or 2, got {list(shape)!r:.100}")
+# payload -> its row shape in words, and how many axes it has
+SHAPES = {"moments": ("[F, 2C, ...]", 3, 5), "latents": ("[F, C, ...]", 2, 5), "tokens": ("[F, N, D]", 3, 3)}
+
+
+def check_shape(shape: tuple[int, ...], what: str, payload: str | None = None) -> None:
+    """Raise ValueError unless `shape` is a row shape of `payload` (None: of any), every size >= 1, and of sane size.
+
+    F is 2 where the mirrored image is stored too, else 1. Rows of tokens may differ in N: RAGGED, and then F is 1.
+    """
+    names = PAYLOADS if payload is None else (payload,)
+    if not any(_is_shape(shape, name) for name in names):
+        words = " or ".join(f"{SHAPES[name][0]} of {name}" for name in names)
+        raise ValueError(f"{what}: expected a row shape {words} with F = 1 or 2, got {list(shape)!r:.100}")
+
+
+def _is_shape(shape: tuple[int, ...], payload: str) -> bool:
+    _, least, most = SHAPES[payload]
+    sizes = (1, *shape[2:]) if payload == "tokens" and shape[:2] == (1, RAGGED) else shape
+    if not least <= len(shape) <= most or not all(type(size) is int and size >= 1 for size in sizes):
+        return False
+    even = payload != "moments" or shape[1] % 2 == 0
+    return sizes[0] <= 2 and math.prod(sizes) <= MAX_ROW_BYTES // 4 and even
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What the rows of a dataset hold: the payload's shapes, one for each bucket, and the further tensors."""
+
+    buckets: tuple[tuple[int, ...], ...]
+    payload: str = "moments"
+    extras: tuple[Field, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.payload not in PAYLOADS:
+            raise ValueError(f"payload: expected one of {', '.join(PAYLOADS)}, got {self.payload!r:.100}")
+        for shape in self.buckets:
+            check_shape(shape, "bucket", self.payload)
+        names = [one.name for one in self.extras]
+        if not self.buckets or len(set(self.buckets)) < len(self.buckets) or len(set(names)) < len(names):
+            raise ValueError(f"expected one bucket or more and each name once, got {self.buckets} and {names}")
+        kinds = {(shape[0], len(shape), Bucket(shape, "F16", 0, self.payload).channels) for shape in self.buckets}
+        if len(kinds) > 1:
+            raise ValueError(f"buckets: expected F, channels and number of sizes the same in all, got {self.buckets}")
+
+    @property
+    def fields(self) -> list[dict[str, object]]:
+        """As in dataset.json."""
+        return [{"name": self.payload, "required": True}, *(one.to_dict() for one in self.extras)]
 
 
 @dataclass(frozen=True)

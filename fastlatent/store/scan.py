@@ -19,25 +19,30 @@ Pair = tuple[bytes, str]  # a key's bytes and its file's digest
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the present scan: `key` its relative POSIX path, `label` an index into the classes, or -1."""
+    """A file of the present scan.
+
+    Attributes:
+        key: its relative POSIX path. label: an index into the classes, or -1.
+        bucket: the shape that its row will have, an index into the schema's buckets.
+        group, order: the key of the group it belongs to, and its place there; all files have a group, or none has.
+    """
 
     key: str
     path: str
     label: int
     size: int
     mtime_ns: int
+    bucket: int = 0
+    group: str = ""
+    order: int = 0
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """A file of the present scan, read: `key` as bytes, `name` as text."""
+    """A file of the present scan, read: `key` as bytes."""
 
     key: bytes
-    name: str
-    path: str
-    label: int
-    size: int
-    mtime_ns: int
+    entry: Entry
     digest: str
 
     @property
@@ -45,8 +50,8 @@ class Scanned:
         return self.key, self.digest
 
 
-def sort_entries(entries: Iterable[Entry], classes: int) -> list[tuple[bytes, Entry]]:
-    """In the order of the keys' bytes; also refuses keys that occur twice and labels outside the classes."""
+def sort_entries(entries: Iterable[Entry], classes: int, buckets: int) -> list[tuple[bytes, Entry]]:
+    """By group, place in it and the key's bytes. Refuses keys that occur twice, and labels and buckets out of range."""
     pairs = sorted(((encode_key(entry.key), entry) for entry in entries), key=lambda pair: pair[0])
     for (key, entry), (following, other) in pairwise(pairs):
         if key == following:
@@ -57,7 +62,24 @@ def sort_entries(entries: Iterable[Entry], classes: int) -> list[tuple[bytes, En
     for _, entry in pairs:
         if not -1 <= entry.label < classes:
             raise ValueError(f"{entry.path}: expected a label from -1 to {classes - 1}, got {entry.label}")
+        if not 0 <= entry.bucket < buckets:
+            raise ValueError(f"{entry.path}: expected a bucket from 0 to {buckets - 1}, got {entry.bucket}")
+    grouped = {bool(entry.group) for _, entry in pairs}
+    if grouped == {True, False}:
+        raise ValueError("expected a group for every file or for none, got both")
+    if grouped == {True}:
+        pairs.sort(key=lambda pair: (encode_key(pair[1].group), pair[1].order, pair[0]))
+        _check_groups(pairs)
     return pairs
+
+
+def _check_groups(pairs: list[tuple[bytes, Entry]]) -> None:
+    for (_, one), (_, other) in pairwise(pairs):
+        if one.group == other.group and (one.order == other.order or one.bucket != other.bucket):
+            raise ValueError(
+                f"group {one.group!r}: expected files of one bucket with places of their own, got {one.path} (bucket "
+                f"{one.bucket}, place {one.order}) and {other.path} (bucket {other.bucket}, place {other.order})"
+            )
 
 
 def scan(
@@ -78,10 +100,7 @@ def scan(
                 digests[i] = digest
             if on_progress is not None:
                 on_progress(start + len(block), len(unread))
-    return [
-        Scanned(key, entry.key, entry.path, entry.label, entry.size, entry.mtime_ns, digest)
-        for (key, entry), digest in zip(entries, digests, strict=True)
-    ]
+    return [Scanned(key, entry, digest) for (key, entry), digest in zip(entries, digests, strict=True)]
 
 
 def hash_file(entry: Entry) -> str:

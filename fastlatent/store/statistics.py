@@ -1,4 +1,4 @@
-"""Per-channel statistics of the stored posteriors, in fp64, merged without a second pass over the data."""
+"""Per-channel statistics of the stored rows, in fp64, merged without a second pass over the data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Statistics:
     Attributes:
         count: values per channel.
         mean, m2: float64 [C] of the posterior means: their mean, and the sum of squared distances from it.
-        posterior_variance: float64 [C], the mean of exp(logvar), logvar clamped to [-30, 20].
+        posterior_variance: float64 [C], the mean of exp(logvar), logvar clamped to [-30, 20]; 0 without logvar.
         min, max, abs_max: float64 [C] of the posterior means.
     """
 
@@ -32,22 +32,39 @@ class Statistics:
     abs_max: np.ndarray
 
     @classmethod
-    def of(cls, moments: np.ndarray, dtype: str) -> Statistics:
-        """Of stored rows [N, F, 2C, ...], N >= 1, mean||logvar on axis 2; BF16 comes as uint16."""
-        assert len(moments) and moments.shape[2] % 2 == 0
+    def of(
+        cls,
+        values: np.ndarray,
+        dtype: str,
+        payload: str = "moments",
+        scale: np.ndarray | None = None,
+    ) -> Statistics:
+        """Of stored rows, N >= 1; BF16 comes as uint16, I8 with its scale.
+
+        Args:
+            values: moments [N, F, 2C, ...] (mean||logvar on axis 2), latents [N, F, C, ...], or tokens [N, F, n, C];
+                rows of ragged tokens one after another, [total, C].
+            scale: float32, the first sizes of `values` ([N, F], say): value = int8 * scale.
+        """
+        if payload == "tokens":
+            values = np.ascontiguousarray(values).reshape(-1, 1, values.shape[-1])
+            scale = None if scale is None else _per_token(scale, len(values))
+        assert len(values) and (payload != "moments" or values.shape[2] % 2 == 0)
         # The chunk decides the order of summation, so it depends on the shape of a row alone.
-        rows = max(1, CHUNK_BYTES // max(1, moments[0].nbytes))
+        rows = max(1, CHUNK_BYTES // max(1, values[0].nbytes))
         total = None
-        for start in range(0, len(moments), rows):
-            part = cls._of_chunk(to_float64(moments[start : start + rows], dtype))
+        for start in range(0, len(values), rows):
+            end = start + rows
+            wide = to_float64(values[start:end], dtype, None if scale is None else scale[start:end])
+            part = cls._of_chunk(wide, payload == "moments")
             total = part if total is None else total.merge(part)
         assert total is not None
         return total
 
     @classmethod
-    def _of_chunk(cls, values: np.ndarray) -> Statistics:
-        flat = values.reshape(*values.shape[:3], -1)  # [n, F, 2C, positions]
-        means, logvars = np.split(flat, 2, axis=2)
+    def _of_chunk(cls, values: np.ndarray, has_logvar: bool) -> Statistics:
+        flat = values.reshape(*values.shape[:3], -1)  # [n, F, 2C or C, positions]
+        means, logvars = np.split(flat, 2, axis=2) if has_logvar else (flat, None)
         axes = (0, 1, 3)
         mean = means.mean(axis=axes)
         low, high = means.min(axis=axes), means.max(axis=axes)
@@ -55,7 +72,9 @@ class Statistics:
             count=means.size // means.shape[2],
             mean=mean,
             m2=np.square(means - mean[:, None]).sum(axis=axes),
-            posterior_variance=np.exp(np.clip(logvars, *LOGVAR_RANGE)).mean(axis=axes),
+            posterior_variance=(
+                np.zeros_like(mean) if logvars is None else np.exp(np.clip(logvars, *LOGVAR_RANGE)).mean(axis=axes)
+            ),
             min=low,
             max=high,
             abs_max=np.maximum(np.abs(low), np.abs(high)),
@@ -113,8 +132,15 @@ class Statistics:
         return cls(count=count, **arrays)
 
 
-def to_float64(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored values as float64; "BF16" are the upper halves of float32 numbers."""
+def to_float64(stored: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np.ndarray:
+    """Stored values as float64; "BF16" are the upper halves of float32 numbers, "I8" is multiplied by its scale."""
     if dtype == "BF16":
         stored = (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float64)
+    if scale is None:
+        return stored.astype(np.float64)
+    return stored.astype(np.float64) * scale.reshape(*scale.shape, *[1] * (stored.ndim - scale.ndim))
+
+
+def _per_token(scale: np.ndarray, tokens: int) -> np.ndarray:
+    """One scale for each of so many tokens, from one for each row or each token."""
+    return np.repeat(scale.reshape(-1), tokens // scale.size)[:, None]

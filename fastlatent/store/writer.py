@@ -3,50 +3,88 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastlatent.store.build import Committed, Journal, Lock, plan_path, read_journals, read_plan, write_plan
+from fastlatent.store import lease
+from fastlatent.store.build import (
+    PLAN,
+    Committed,
+    Journal,
+    Journals,
+    Lock,
+    Plan,
+    load_plan,
+    plan_path,
+    scan_digest,
+    write_plan,
+)
 from fastlatent.store.cut import Cutter
-from fastlatent.store.files import TEMPORARY, canonical_json, make_directory, write_atomic
+from fastlatent.store.files import TEMPORARY, canonical_json, make_directory
 from fastlatent.store.generation import DatasetInfo
-from fastlatent.store.merge import Place, clean, index_rows, merge, quarantined_files, revive
+from fastlatent.store.lease import Leases, exclusive, write_exclusive
+from fastlatent.store.merge import (
+    Place,
+    changed_groups,
+    clean,
+    index_rows,
+    keep_copy,
+    merge,
+    published,
+    quarantined_files,
+    revive,
+    sweep,
+)
 from fastlatent.store.provenance import differences, fingerprint
-from fastlatent.store.reader import PROVENANCE, Dataset, read_provenance
-from fastlatent.store.records import ROOT, Quarantined, Unit, check_shape, encode_key
+from fastlatent.store.reader import PROVENANCE, Dataset, read_provenance, read_root
+from fastlatent.store.records import RAGGED, ROOT, Bucket, Quarantined, Schema, Unit, encode_key
 from fastlatent.store.rows import Rows, write_rows
 from fastlatent.store.scan import Entry, Pair, Scanned, scan, sort_entries
 
 MAX_SHARD_BYTES = 1 << 30  # a unit is assembled in memory
+PLANNING = "plan"  # the lease of the writer that reads the files and makes the plan
 
 
 class DatasetWriter:
-    """The one writer of a dataset, from `open` to the end of the `with` block. Not thread-safe."""
+    """One of any number of writers of a dataset, from `open` to the end of the `with` block. Not thread-safe."""
 
     def __init__(
         self,
         path: Path,
         lock: Lock,
+        leases: Leases,
         provenance: dict[str, Any],
         classes: list[str],
         unit_rows: int,
-        bucket: tuple[int, ...],
+        schema: Schema,
         current: Dataset | None,
     ):
         self.path = path
         self._lock = lock
+        self._leases = leases
         self._hashed = provenance["hashed"]
         self.fingerprint = fingerprint(self._hashed)
         self._classes = classes
         self._unit_rows = unit_rows
-        self._bucket = bucket
+        self._schema = schema
+        self._journal = Journal(path)
+        self._begin(current)
+
+    def _begin(self, current: Dataset | None) -> None:
+        """Be ready for the generation after `current`."""
         self._current = current
         self._generation = (current.generation if current else 0) + 1
-        self._committed = read_journals(path, self._generation)
-        self._journal = Journal(path)
+        self._journals = Journals(self.path, self._generation)
+        self._own: set[str] = set()  # units that this writer committed
+        self._told: set[str] = set()  # units of others that `on_others` was told of
+        self._committed = self._journals.refresh()
         self._scan: list[Scanned] | None = None
+        self._digest = ""
         self._units: dict[str, Unit] = {}
         self._indexed: dict[Pair, int] = {}
         self._revived: dict[Pair, Place] = {}
@@ -59,46 +97,57 @@ class DatasetWriter:
         classes: list[str],
         *,
         unit_rows: int,
-        bucket: tuple[int, ...],
+        schema: Schema,
     ) -> DatasetWriter:
-        """Create a dataset, or take up one that is there: to go on after a kill, or to add what is new.
+        """Create a dataset, or take up one that is there: to go on after a kill, to add what is new, to help others.
 
         Args:
             provenance: {"hashed": what decides the bytes, "informational": the rest}. The dataset keeps those
                 of its first writer.
             classes: class names; an entry's label is an index into them. May differ from earlier
                 generations'.
-            unit_rows: files per unit, hence at most that many rows per shard.
-            bucket: shape of a row, [F, 2C, H, W].
+            unit_rows: files per unit, hence at most that many rows per shard (more only for one group that has more).
+            schema: what a row holds. Buckets may differ from earlier generations'.
 
         Raises:
             ValueError: the folder holds something else, or a dataset of another fingerprint or row shape;
-                another writer is at work; it cannot be written to.
+                a process holds it for itself alone; it cannot be written to.
         """
         path = Path(path)
-        bucket = tuple(bucket)
         if set(provenance) != {"hashed", "informational"}:
             raise ValueError(f"provenance: expected 'hashed' and 'informational', got {sorted(provenance)}")
-        check_shape(bucket, "bucket")
-        if not 1 <= unit_rows <= max(1, MAX_SHARD_BYTES // (4 * math.prod(bucket))):
-            raise ValueError(f"unit_rows: expected 1 to {MAX_SHARD_BYTES // (4 * math.prod(bucket))}, got {unit_rows}")
+        largest = max(math.prod(size for size in shape if size != RAGGED) for shape in schema.buckets)
+        if not 1 <= unit_rows <= max(1, MAX_SHARD_BYTES // (4 * largest)):
+            raise ValueError(f"unit_rows: expected 1 to {MAX_SHARD_BYTES // (4 * largest)}, got {unit_rows}")
         canonical_json(provenance)  # refuse what JSON cannot hold before anything is written
         _check_ours(path)
         try:
             make_directory(path)
         except OSError as error:
             raise ValueError(f"{path}: expected a folder that can be written to, got: {error.strerror}") from None
-        lock = Lock(path)
+        lock = Lock(path, shared=True)
+        leases = None
         try:
             _check_provenance(path, provenance)
             current = Dataset.open(path) if (path / ROOT).exists() else None
-            if current and [one.shape for one in current.buckets] != [bucket]:
-                raise ValueError(f"{path}: expected rows of {current.buckets[0].shape}, got bucket {bucket}")
+            if current:
+                _check_schema(current, schema)
             _check_shards(path, current)
-            clean(path, current.generation if current else 0)
-            return cls(path, lock, provenance, list(classes), unit_rows, bucket, current)
+            leases = Leases(path)
+            if lock.alone:
+                sweep(path)
+                leases.sweep()
+                lock.share()
+            if current:
+                keep_copy(path)
+                clean(path, current.generation)
+            return cls(path, lock, leases, provenance, list(classes), unit_rows, schema, current)
         except BaseException:
-            lock.release()
+            try:
+                if leases is not None:
+                    leases.close()
+            finally:
+                lock.release()
             raise
 
     def __enter__(self) -> DatasetWriter:
@@ -107,33 +156,168 @@ class DatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._journal.close()
-        self._lock.release()
+        try:
+            self._journal.close()
+            if kind is None:
+                self._leases.sweep()
+        finally:
+            try:
+                self._leases.close()
+                if kind is None and self._lock.try_exclusive():  # the last one clears up
+                    sweep(self.path)
+            finally:
+                self._lock.release()
 
     def plan(self, entries: Iterable[Entry], on_progress: Callable[[int, int], None] | None = None) -> list[Unit]:
-        """Commit the plan that brings the dataset to exactly these files; return its units still to do, in order.
+        """Commit or join the plan that brings the dataset to exactly these files; return its units to do, in order.
 
         A file whose size and mtime are those of the index or of a pending plan is taken to be unchanged;
-        every other one is hashed, and `on_progress(done, total)` counts those.
+        every other one is hashed, by one writer at a time, and `on_progress(done, total)` counts those.
 
         Raises:
             ValueError: a key that occurs twice, a label outside the classes, a file that cannot be read or
-                changes while it is read.
+                changes while it is read; other writers are at work on another state of the files.
         """
+        ordered = sort_entries(entries, len(self._classes), len(self._schema.buckets))
+        read: dict[bytes, tuple[int, int, str]] = {}
         self._scan = None  # until this plan stands, `finish` has nothing to finish
+        self._leases.join(0)
+        try:
+            while not self._join(ordered, read, on_progress):
+                pass
+        finally:
+            self._leases.release(PLANNING)
+        self._look()
+        self._told = set(self._committed)
+        return [unit for unit in self._units.values() if unit.id not in self._committed]
+
+    def _join(
+        self,
+        ordered: list[tuple[bytes, Entry]],
+        read: dict[bytes, tuple[int, int, str]],
+        on_progress: Callable[[int, int], None] | None,
+    ) -> bool:
+        """One attempt of `plan`; False: others changed something meanwhile. `read` keeps what was hashed here."""
+        self._catch_up()
+        stamp = _stamp(plan_path(self.path, self._generation))
+        pending = load_plan(self.path, self._generation, self.fingerprint)
+        if (pending is None) != (stamp is None):
+            return False
         self._indexed = index_rows(self._current)
-        pending = read_plan(self.path, self._generation, self.fingerprint)
-        files = scan(sort_entries(entries, len(self._classes)), self._known(pending), on_progress)
+        known = self._known(pending) | read
+        planning = PLANNING in self._leases.mine
+        if not planning and not all(known.get(k, ())[:2] == (entry.size, entry.mtime_ns) for k, entry in ordered):
+            self._wait_to_plan(stamp)
+            return False
+        files = scan(ordered, known, on_progress)
+        read |= {one.key: (one.entry.size, one.entry.mtime_ns, one.digest) for one in files}
+        units = self._cut(files, pending)
+        self._digest = scan_digest(files, self._classes, self._schema)
+        self._units = {unit.id: unit for unit in units}
+        fits = pending is not None and pending.scan == self._digest and pending.units == [_bare(one) for one in units]
+        if not fits:
+            if pending is None and (not files or self._is_current(files)):  # `finish` refuses to have no files
+                self._scan = files
+                return True
+            if not planning:
+                self._wait_to_plan(stamp)
+                return False
+            if pending is not None:
+                self._refuse_beside_others(pending, files)
+        with exclusive(self.path / PLAN / ".lock"):
+            if _generation(self.path) != self._generation - 1:
+                return False
+            if _stamp(plan_path(self.path, self._generation)) != stamp:
+                return False
+            if not fits:
+                if pending is not None and self._leases.others(self._generation):
+                    return False  # one more joined, and the next attempt will name it
+                made = write_plan(
+                    self.path, self._generation, self.fingerprint, units, self._digest, replace=pending is not None
+                )
+                if not made:
+                    return False
+            self._leases.join(self._generation)
+        self._scan = files
+        return True
+
+    def _wait_to_plan(self, stamp: tuple[int, ...] | None) -> None:
+        """Wait until it is this writer's turn to plan, or the plan is no longer the one of `stamp`."""
+        path, generation = plan_path(self.path, self._generation), _generation(self.path)
+        while not self._leases.take(PLANNING):
+            if _stamp(path) != stamp or _generation(self.path) != generation:
+                return
+            time.sleep(lease.POLL_SECONDS)
+
+    def _cut(self, files: list[Scanned], pending: Plan | None) -> list[Unit]:
+        for pair in changed_groups(self._current, files):
+            self._indexed.pop(pair, None)  # encoded anew: its row no longer lies among its group's
         settled = quarantined_files(self._current)
         wanted = {one.pair: one for one in files if one.pair not in self._indexed and one.pair not in settled}
-        self._revived = revive(self._current, set(wanted))
+        ungrouped = {pair for pair, one in wanted.items() if not one.entry.group}
+        self._revived = revive(self._current, ungrouped)
         wanted = {pair: one for pair, one in wanted.items() if pair not in self._revived}
-        units = Cutter(self.fingerprint, self._bucket, self._unit_rows).cut(wanted, pending, self._committed)
-        if units or plan_path(self.path, self._generation).exists():
-            write_plan(self.path, self._generation, self.fingerprint, units)
-        self._units = {unit.id: unit for unit in units}
-        self._scan = files
-        return [unit for unit in units if unit.id not in self._committed]
+        self._look()
+        cutter = Cutter(self.fingerprint, self._schema, self._unit_rows)
+        return cutter.cut(wanted, pending.units if pending else [], self._committed)
+
+    def _refuse_beside_others(self, pending: Plan, files: list[Scanned]) -> None:
+        """Raise ValueError where others work on `pending`: only who is alone may replace it."""
+        while others := self._leases.others(self._generation):
+            if any(one.certain for one in others):
+                planned = {(encode_key(item.key), item.digest) for unit in pending.units for item in unit.items}
+                found = {one.pair for one in files}
+                differ = {key for key, _ in planned - found}
+                differ |= {key for key, digest in found - planned if (key, digest) not in self._indexed}
+                count = f"{len(differ)} files differ" if differ else "labels or dates of files differ, or some are gone"
+                first = sorted(differ)[:3]
+                listed = (
+                    f", {', '.join(repr(key.decode('utf-8', 'replace'))[:80] for key in first)} ..." if first else ""
+                )
+                names = ", ".join(one.name for one in others)
+                raise ValueError(
+                    f"{self.path}: the source changed since the others began ({names}): {count}{listed}; wait for "
+                    "them, or stop them, and run this again"
+                )
+            time.sleep(lease.POLL_SECONDS)  # a host that may be down: its lease expires
+
+    def claim(self, on_others: Callable[[int], None] | None = None) -> Iterator[Unit]:
+        """The plan's units that nobody has committed and nobody else works on, one by one; commit each.
+
+        When only units are left that others work on, it waits until they are committed or the others are found dead.
+        It ends when every unit is committed, by whomever, or the generation published.
+
+        Args:
+            on_others: called whenever the others' work was looked at, every POLL_SECONDS while waiting, with the
+                number of files that they finished since.
+        """
+        while True:
+            unit = self.claim_now(on_others)
+            if unit is None:
+                if self._finished():
+                    return
+                held = [one for name, one in self._units.items() if name in self._leases.mine]
+                unit = next((one for one in held if one.id not in self._committed), None)
+            if unit is None:
+                time.sleep(lease.POLL_SECONDS)
+            else:
+                yield unit
+
+    def claim_now(self, on_others: Callable[[int], None] | None = None) -> Unit | None:
+        """The next unit of `claim`, None where there is none at this moment. For who prepares one unit ahead."""
+        if self._scan is None:
+            raise ValueError(f"{self.path}: expected a call of plan() before claim()")
+        self._look(on_others)
+        if self._finished():
+            return None
+        for unit in self._units.values():
+            if unit.id in self._committed or unit.id in self._leases.mine or not self._leases.take(unit.id):
+                continue
+            self._look(on_others)  # it may have been committed and released in between
+            if unit.id not in self._committed:
+                return unit
+            self._leases.release(unit.id)
+        return None
 
     def commit(self, unit: Unit, rows: Rows, quarantined: Iterable[Quarantined] = ()) -> None:
         """Make a unit durable: its shard, then its journal line. Rows with NaN or infinity are quarantined.
@@ -144,8 +328,10 @@ class DatasetWriter:
         Raises:
             ValueError: rows that are not this unit's, or of another shape or dtype than the dataset's.
             OSError: the disk is full ...; nothing is committed, and the call can be repeated.
+
+        A unit that another writer has committed meanwhile is left as it is.
         """
-        if unit.id not in self._units or unit.id in self._committed:
+        if unit.id not in self._units or unit.id in self._own:
             raise ValueError(f"unit {unit.id}: expected one that `plan` returned and that is not yet committed")
         unit = self._units[unit.id]
         bad = {one.key: one for one in quarantined}
@@ -157,27 +343,36 @@ class DatasetWriter:
                 f"unit {unit.id}: expected rows for {len(items)} keys in the unit's order, got "
                 f"{len(rows.keys)} keys that begin {rows.keys[:3]!r:.200}"
             )
-        rows.check(unit)
+        rows.check(unit, self._schema.payload, self._schema.extras)
         others = {one.dtype for one in self._committed.values() if one.shard}
         others |= {one.dtype for one in self._current.buckets} if self._current else set()
         if others - {rows.dtype}:
-            raise ValueError(f"moments: expected {others.pop()} as in the rest of the dataset, got {rows.dtype}")
+            raise ValueError(f"rows: expected {others.pop()} as in the rest of the dataset, got {rows.dtype}")
         finite = rows.finite()
         for item, good in zip(items, finite, strict=True):
             if not good:
                 reason = f"its latent holds NaN or infinity (as {rows.dtype})"
                 bad[item.key] = Quarantined(item.key, item.digest, reason, "FloatingPointError")
+        self._look()
+        if unit.id in self._committed or self._finished():
+            self._leases.release(unit.id)
+            return
         shard = None
         if finite.any():
             kept = [item for item, good in zip(items, finite, strict=True) if good]
-            shard = write_rows(self.path, self._hashed, unit, kept, rows, finite)
+            schema = self._schema
+            shard = write_rows(self.path, self._hashed, unit, kept, rows.kept(finite), schema.payload, schema.extras)
         order = tuple(bad[item.key] for item in unit.items if item.key in bad)
         committed = Committed(self._generation, unit.id, rows.dtype, shard, order)
         self._journal.append(committed)
         self._committed[unit.id] = committed
+        self._own.add(unit.id)
+        self._leases.release(unit.id)
 
     def finish(self) -> DatasetInfo:
-        """Publish what was committed as a new generation, or keep the current one where nothing has changed.
+        """Publish what all writers committed as a new generation, or keep the current one where nothing has changed.
+
+        Every writer may call it; who comes second gets what the first one published.
 
         Raises:
             ValueError: `plan` was not called, units are missing, or not one row is good (the quarantine is
@@ -185,22 +380,66 @@ class DatasetWriter:
         """
         if self._scan is None:
             raise ValueError(f"{self.path}: expected a call of plan() before finish()")
+        with exclusive(self.path / PLAN / ".lock"):
+            if _generation(self.path) >= self._generation:
+                current = Dataset.open(self.path)
+                if not _describes(current, self._scan, self._classes):
+                    raise ValueError(
+                        f"{self.path}: another writer has published generation {current.generation} from another "
+                        "state of the files; run this again"
+                    )
+                info = published(current)
+            else:
+                info = self._merge()
+            keep_copy(self.path)
+            clean(self.path, self._generation)
+        for unit in self._units:
+            self._leases.release(unit)
+        self._journal.close()
+        self._leases.join(0)
+        self._begin(Dataset.open(self.path))
+        return info
+
+    def _merge(self) -> DatasetInfo:
+        assert self._scan is not None
+        self._look()
         missing = [unit for unit in self._units.values() if unit.id not in self._committed]
         if missing:
             raise ValueError(f"{self.path}: {len(missing)} of {len(self._units)} units are not yet committed")
-        committed = [self._committed[unit] for unit in self._units]
-        info = merge(
-            self.path, self.fingerprint, self._bucket, self._classes, self._current, self._scan,
+        pending = load_plan(self.path, self._generation, self.fingerprint)
+        if pending is not None and pending.scan != self._digest:
+            raise ValueError(
+                f"{self.path}: another writer took this one for dead, and planned for another state of the files; "
+                "run this again"
+            )
+        committed = [(unit, self._committed[unit.id]) for unit in self._units.values()]
+        return merge(
+            self.path, self.fingerprint, self._schema, self._classes, self._current, self._scan,
             self._indexed, self._revived, committed,
         )  # fmt: skip
-        self._journal.close()
-        self._current = Dataset.open(self.path)
-        self._generation = self._current.generation + 1
-        self._committed, self._units, self._indexed, self._revived, self._scan = {}, {}, {}, {}, None
-        clean(self.path, self._generation)
-        return info
 
-    def _known(self, pending: list[Unit]) -> dict[bytes, tuple[int, int, str]]:
+    def _look(self, on_others: Callable[[int], None] | None = None) -> None:
+        """Read what the others committed since."""
+        self._committed = self._journals.refresh()
+        if on_others is not None:
+            new = self._committed.keys() - self._own - self._told
+            self._told |= new
+            on_others(sum(len(self._units[name].items) for name in new if name in self._units))
+
+    def _finished(self) -> bool:
+        """Whether nothing is left to do on the plan: all is committed, or the generation has been published."""
+        return self._units.keys() <= self._committed.keys() or _generation(self.path) >= self._generation
+
+    def _catch_up(self) -> None:
+        """Go on from the generation that others have published meanwhile."""
+        if _generation(self.path) >= self._generation:
+            self._journal.close()
+            self._begin(Dataset.open(self.path))
+
+    def _is_current(self, files: list[Scanned]) -> bool:
+        return self._current is not None and _describes(self._current, files, self._classes)
+
+    def _known(self, pending: Plan | None) -> dict[bytes, tuple[int, int, str]]:
         """What files looked like when they were last read: key -> size, mtime_ns, digest."""
         known: dict[bytes, tuple[int, int, str]] = {}
         if self._current is not None:
@@ -208,10 +447,50 @@ class DatasetWriter:
             known = {key: (sizes[i], mtimes[i], digest) for (key, digest), i in self._indexed.items()}
         for (key, digest), one in quarantined_files(self._current).items():
             known[key] = one["size"], one["mtime_ns"], digest
-        for unit in pending:
+        for unit in pending.units if pending else ():
             for item in unit.items:
                 known[encode_key(item.key)] = item.size, item.mtime_ns, item.digest
         return known
+
+
+def _generation(path: Path) -> int:
+    """The published generation, 0 where there is none."""
+    return read_root(path)["generation"] if (path / ROOT).exists() else 0
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Changes whenever another file takes the place of the one at `path`; None where there is none."""
+    with suppress(FileNotFoundError):
+        stat = path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return None
+
+
+def _bare(unit: Unit) -> Unit:
+    """As a plan has it: without paths."""
+    return replace(unit, items=tuple(replace(item, path="") for item in unit.items))
+
+
+def _describes(dataset: Dataset, files: list[Scanned], classes: list[str]) -> bool:
+    """Whether `dataset` is exactly of these files."""
+    indexed, bad = index_rows(dataset), quarantined_files(dataset)
+    if dataset.classes != classes or len(files) != len(indexed) + len(bad):
+        return False
+    columns = [dataset.src_size.tolist(), dataset.src_mtime_ns.tolist(), dataset.label.tolist()]
+    groups = dataset.groups
+    names = [groups.key(i) for i in range(len(groups))] if groups else []
+    for one in files:
+        i, entry = indexed.get(one.pair), one.entry
+        if i is not None:
+            same = [column[i] for column in columns] == [entry.size, entry.mtime_ns, entry.label]
+            place = (names[groups.group[i]], int(groups.order[i])) if groups else ("", 0)
+            same = same and place == (entry.group, entry.order if groups else 0)
+        else:
+            was = bad.get(one.pair, {})
+            same = (was.get("size"), was.get("mtime_ns")) == (entry.size, entry.mtime_ns)
+        if not same:
+            return False
+    return True
 
 
 def _check_ours(path: Path) -> None:
@@ -231,8 +510,7 @@ def _check_provenance(path: Path, provenance: dict[str, Any]) -> None:
     if not (path / PROVENANCE).exists():
         if (path / ROOT).exists():
             raise ValueError(f"{path / PROVENANCE} is missing: restore it from a copy, or encode into a new folder")
-        write_atomic(path / PROVENANCE, canonical_json(provenance) + b"\n")
-        return
+        write_exclusive(path / PROVENANCE, canonical_json(provenance) + b"\n")
     ours = read_provenance(path)["hashed"]
     if fingerprint(ours) != fingerprint(provenance["hashed"]):
         lines = "\n  ".join(differences(ours, provenance["hashed"]))
@@ -240,6 +518,18 @@ def _check_provenance(path: Path, provenance: dict[str, Any]) -> None:
             f"{path} was encoded with other settings:\n  {lines}\n"
             "encode into another folder, or go back to the dataset's settings"
         )
+
+
+def _check_schema(current: Dataset, schema: Schema) -> None:
+    if (current.payload, tuple(current.extras)) != (schema.payload, schema.extras):
+        raise ValueError(
+            f"{current.path}: expected rows of {current.payload} with {current.extras}, got {schema.payload} with "
+            f"{schema.extras}: encode into another folder"
+        )
+    one, other = current.buckets[0].shape, schema.buckets[0]
+    channels = current.buckets[0].channels, Bucket(other, "F16", 0, schema.payload).channels
+    if (one[0], len(one), channels[0]) != (other[0], len(other), channels[1]):
+        raise ValueError(f"{current.path}: expected rows like {one}, got bucket {other}: encode into another folder")
 
 
 def _check_shards(path: Path, current: Dataset | None) -> None:

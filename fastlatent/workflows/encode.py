@@ -1,9 +1,10 @@
-"""images → latent dataset."""
+"""images → latent dataset; any number of processes and hosts on one file system may fill one together."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
 from fastlatent.sources.image_folder import Item, scan_image_folder
 from fastlatent.store.reader import PROVENANCE, Dataset, read_provenance
-from fastlatent.store.records import PlannedItem, Quarantined, Unit
+from fastlatent.store.records import PlannedItem, Quarantined, Schema, Unit
 from fastlatent.store.rows import Rows
 from fastlatent.store.scan import Entry
 from fastlatent.store.writer import DatasetWriter
@@ -90,7 +91,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
         provenance(config, vae, device, threads),
         folder.classes,
         unit_rows=max(1, min(config.unit_rows, MAX_UNIT_BYTES // row_bytes)),
-        bucket=bucket,
+        schema=Schema((bucket,)),
     ) as writer:
         keep_config(out / "encode.yaml", config)
         with Progress("scan", 0, "files") as scanned:
@@ -106,8 +107,15 @@ def encode(config: EncodeConfig) -> EncodeReport:
             Progress("encode", todo, "images") as progress,
             ThreadPoolExecutor(READERS, thread_name_prefix="decode") as pool,
         ):
-            pictures = _decoded(pool, units, vae.pixel_channels, config.size)
-            for unit in units:
+
+            def on_others(files: int) -> None:
+                stop.check()
+                progress.advance(files)
+
+            def decode(item: PlannedItem) -> Future[_Picture]:
+                return pool.submit(_decode, item, vae.pixel_channels, config.size)
+
+            for unit, pictures in _decoded(writer, decode, on_others):
                 rows, bad = _encode_unit(unit, pictures, vae, config, bucket, progress, stop)
                 writer.commit(unit, rows, bad)
                 encoded += len(rows.keys)
@@ -163,16 +171,37 @@ def _entries(items: list[Item]) -> tuple[list[Entry], dict[str, str]]:
     return entries, unreadable
 
 
-def _decoded(pool: ThreadPoolExecutor, units: list[Unit], channels: int, size: int) -> Iterator[_Picture]:
-    """Every file of every unit in order, decoded a few batches ahead by the pool."""
-    items = (item for unit in units for item in unit.items)
-    ahead: list[Future[_Picture]] = []
-    for item in items:
-        ahead.append(pool.submit(_decode, item, channels, size))
-        if len(ahead) > 16 * READERS:
-            yield ahead.pop(0).result()
-    for future in ahead:
-        yield future.result()
+def _decoded(
+    writer: DatasetWriter, decode: Callable[[PlannedItem], Future[_Picture]], on_others: Callable[[int], None]
+) -> Iterator[tuple[Unit, Iterator[_Picture]]]:
+    """Every unit that is to be done here, and its files in order, decoded a few batches ahead.
+
+    At most one unit is claimed ahead: what this process holds, no other one does.
+    """
+    ahead: deque[Future[_Picture]] = deque()
+    items: Iterator[PlannedItem] = iter(())
+    following: Unit | None = None
+
+    def pictures(unit: Unit) -> Iterator[_Picture]:
+        nonlocal items, following
+        asked = False
+        for _ in unit.items:
+            while len(ahead) <= 16 * READERS:
+                item = next(items, None)
+                if item is not None:
+                    ahead.append(decode(item))
+                elif asked:
+                    break
+                else:
+                    asked, following = True, writer.claim_now(on_others)
+                    items = iter(following.items if following else ())
+            yield ahead.popleft().result()
+
+    while unit := following or next(writer.claim(on_others), None):
+        if unit is not following:
+            items = iter(unit.items)
+        following = None
+        yield unit, pictures(unit)
 
 
 def _decode(item: PlannedItem, channels: int, size: int) -> _Picture:
@@ -218,8 +247,7 @@ def _encode_unit(
         progress.advance(filled, f"{len(bad)} bad in this shard" if bad else "")
         filled = 0
 
-    for _ in unit.items:
-        picture = next(pictures)
+    for picture in pictures:
         if picture.pixels is None:
             bad.append(
                 Quarantined(picture.item.key, picture.item.digest, str(picture.error), type(picture.error).__name__)

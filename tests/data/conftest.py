@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastlatent.store.records import Schema
 from fastlatent.store.rows import Rows
 from fastlatent.store.scan import Entry
 from fastlatent.store.writer import DatasetWriter
@@ -24,7 +25,9 @@ def write(folder: Path, count: int, *, flips: int = 1, dtype: str = "float32", u
         stat = path.stat()
         entries.append(Entry(path.name, str(path), i % 3, stat.st_size, stat.st_mtime_ns))
     bucket = (flips, 4, 3, 3)
-    with DatasetWriter.open(folder / "d", PROVENANCE, ["a", "b", "c"], unit_rows=unit_rows, bucket=bucket) as writer:
+    with DatasetWriter.open(
+        folder / "d", PROVENANCE, ["a", "b", "c"], unit_rows=unit_rows, schema=Schema((bucket,))
+    ) as writer:
         for unit in writer.plan(entries):
             keys = [item.key for item in unit.items]
             rows = torch.stack([row(int(key.removesuffix(".png")), bucket, dtype) for key in keys])

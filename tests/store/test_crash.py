@@ -14,7 +14,7 @@ import pytest
 
 from fastlatent.store.reader import Dataset, build_state
 
-CALLS = ("open", "write", "fsync", "fdatasync", "replace", "mkdir", "unlink")
+CALLS = ("open", "write", "fsync", "fdatasync", "replace", "mkdir", "unlink", "link")
 
 
 class Crash(BaseException):
@@ -85,6 +85,10 @@ class Disk:
         self.real["mkdir"](path, mode)
         self._names(path, lambda: shutil.rmtree(path))
 
+    def link(self, source, target):
+        self.real["link"](source, target)
+        self._names(target, lambda: self.real["unlink"](target) if os.path.exists(target) else None)
+
     def unlink(self, path, **kwargs):
         before = Path(path).read_bytes()
         self.real["unlink"](path, **kwargs)
@@ -121,9 +125,11 @@ def build_on(disk_root, toy, source, kill_at=None, loses=None):
 LOSSES = {"kill": None, "power cut": lambda: True, "power cut, reordered": lambda: random.random() < 0.5}
 
 
+# Every call in one of the three ways here, in all three in the soak.
+@pytest.mark.parametrize("step", [len(LOSSES), pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("how", LOSSES)
 @pytest.mark.parametrize("generation", [1, 2])
-def test_killed_at_any_call_ends_with_the_same_bytes(toy, change, tmp_path, source, generation, how):
+def test_killed_at_any_call_ends_with_the_same_bytes(toy, change, tmp_path, source, generation, how, step):
     random.seed(generation)
     start, whole = tmp_path / "start", tmp_path / "whole"
     start.mkdir()
@@ -135,8 +141,8 @@ def test_killed_at_any_call_ends_with_the_same_bytes(toy, change, tmp_path, sour
     calls, _ = build_on(whole, toy, source)
     expected = toy.contents(whole / "d")
     first = toy.contents(start / "d")
-    assert calls > 60  # 2 or 3 units, and the files of a generation, each of about 6 calls
-    for kill_at in range(calls):
+    assert calls > 80  # 2 or 3 units, their leases, and the files of a generation, each of about 6 calls
+    for kill_at in range(list(LOSSES).index(how) % step, calls, step):
         root = tmp_path / f"at-{kill_at}"
         shutil.copytree(start, root)
         _, encoded = build_on(root, toy, source, kill_at, LOSSES[how])
@@ -152,6 +158,30 @@ def test_killed_at_any_call_ends_with_the_same_bytes(toy, change, tmp_path, sour
         assert {name: data for name, data in first.items() if name != "dataset.json"}.items() <= after.items()
         _, again = build_on(root, toy, source)
         assert not set(encoded) & set(again), "a unit whose commit came back was lost"
+        assert toy.contents(root / "d") == expected, f"killed at call {kill_at} of {calls}"
+        shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.soak)])
+def test_killed_at_any_call_beside_a_writer_that_goes_on(toy, tmp_path, source, step):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    calls, _ = build_on(whole, toy, source)
+    expected = toy.contents(whole / "d")
+    entries, classes = toy.scan(source)
+    for kill_at in range(0, calls, step):
+        root = tmp_path / f"at-{kill_at}"
+        root.mkdir()
+        with toy.DatasetWriter.open(root / "d", toy.PROVENANCE, classes, unit_rows=2, schema=toy.SCHEMA) as writer:
+            writer.plan(entries)
+            first = next(writer.claim())  # the other waits for it, and is killed while it does; or takes the rest
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(time, "sleep", lambda seconds: (_ for _ in ()).throw(Crash))
+                build_on(root, toy, source, kill_at)
+            writer.commit(first, *toy.encode(first))
+            for unit in writer.claim():
+                writer.commit(unit, *toy.encode(unit))
+            assert writer.finish().generation == 1
         assert toy.contents(root / "d") == expected, f"killed at call {kill_at} of {calls}"
         shutil.rmtree(root)
 

@@ -90,7 +90,7 @@ ROOT_LIES = {
     "no digest of its own": (drop("xxh3_128"), "expected 'xxh3_128'"),
     "an unknown required field": (
         lambda root: root["fields"].append({"name": "depth", "required": True}),
-        r"expected only \['moments'\] to be required, got 'depth'",
+        r"expected only \['latents', 'moments', 'tokens'\] to be required, got 'depth'",
     ),
     "a field that says nothing of required": (lambda root: root["fields"].append({"name": "depth"}), "got 'depth'"),
     "fields no list": (put("fields", value={}), "'fields'"),
@@ -112,7 +112,8 @@ ROOT_LIES = {
     "bucket shape": (put("buckets", 0, "shape", value=[1, 4, 2, 3]), "moments: expected"),
     "bucket of other channels": (put("buckets", 0, "shape", value=[1, 8, 2, 1]), "statistics of 2 channels"),
     "bucket shape odd": (put("buckets", 0, "shape", value=[1, 3, 2, 2]), "row shape"),
-    "bucket of video": (put("buckets", 0, "shape", value=[1, 4, 2, 2, 2]), "row shape"),
+    "bucket of video": (put("buckets", 0, "shape", value=[1, 4, 2, 2, 2]), "moments: expected"),
+    "bucket of five axes and more": (put("buckets", 0, "shape", value=[1, 4, 2, 2, 2, 2]), "row shape"),
     "bucket too large": (put("buckets", 0, "shape", value=[1, 4, 1 << 40, 1 << 40]), "row shape"),
     "no bucket": (put("buckets", value=[]), "bucket"),
     "a bucket too many": (lambda root: root["buckets"].append(root["buckets"][0]), "in the index"),
@@ -299,14 +300,14 @@ def test_what_is_no_dataset_says_what_it_is(toy, tmp_path, source):
     assert build_state(tmp_path / "none") is None and build_state(source) is None
     path = tmp_path / "d"
     entries, classes = toy.scan(source)
-    with DatasetWriter.open(path, toy.PROVENANCE, classes, unit_rows=2, bucket=toy.BUCKET) as writer:
+    with DatasetWriter.open(path, toy.PROVENANCE, classes, unit_rows=2, schema=toy.SCHEMA) as writer:
         with pytest.raises(ValueError, match=rf"still going on \(pid {os.getpid()} on .*, 0 of 0 units done\)"):
             Dataset.open(path)
         assert build_state(path).planned_units == 0
     with pytest.raises(ValueError, match="interrupted before its first unit: rerun the same encode command"):
         Dataset.open(path)
     assert build_state(path) is None
-    with DatasetWriter.open(path, toy.PROVENANCE, classes, unit_rows=2, bucket=toy.BUCKET) as writer:
+    with DatasetWriter.open(path, toy.PROVENANCE, classes, unit_rows=2, schema=toy.SCHEMA) as writer:
         units = writer.plan(entries)
         writer.commit(units[0], *toy.encode(units[0]))
         with pytest.raises(ValueError, match=r"still going on .* 1 of 3 units done"):
@@ -320,7 +321,7 @@ def test_build_state_of_a_second_generation(toy, change, tmp_path, source):
     toy.build(path, source)
     change(source)
     entries, classes = toy.scan(source)
-    with DatasetWriter.open(path, toy.PROVENANCE, classes, unit_rows=2, bucket=toy.BUCKET) as writer:
+    with DatasetWriter.open(path, toy.PROVENANCE, classes, unit_rows=2, schema=toy.SCHEMA) as writer:
         units = writer.plan(entries)
         writer.commit(units[0], *toy.encode(units[0]))
     state = build_state(path)

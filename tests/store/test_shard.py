@@ -1,5 +1,9 @@
+import hashlib
 import json
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -36,17 +40,31 @@ columns = st.dictionaries(
 )
 
 
-@given(columns=columns, metadata=st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3))
+@given(
+    columns=columns,
+    metadata=st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3),
+    bf16=st.sets(st.integers(0, 5)),
+)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_columns_come_back_bit_by_bit(tmp_path_factory, columns, metadata):
-    file = write(tmp_path_factory.mktemp("shard"), columns, (), metadata)
+def test_any_columns_come_back_bit_by_bit(tmp_path_factory, columns, metadata, bf16):
+    """Through our reader, and through that of safetensors."""
+    bits = {name for i, (name, column) in enumerate(columns.items()) if i in bf16 and column.dtype == np.uint16}
+    file = write(tmp_path_factory.mktemp("shard"), columns, bits, metadata)
     shard = Shard.open(file.path, expected_bytes=file.bytes)
     assert shard.metadata == metadata
     assert list(shard.columns) == list(columns)
-    for name, column in columns.items():
-        found = shard.columns[name]
-        assert (found.dtype, found.shape) == (column.dtype, column.shape)
-        assert found.tobytes() == column.tobytes()
+    with safe_open(file.path, "pt") as plain:
+        assert (plain.metadata() or {}) == metadata
+        for name, column in columns.items():
+            found, theirs = shard.columns[name], plain.get_tensor(name)
+            assert (found.dtype, found.shape, shard.dtypes[name] == "BF16") == (
+                column.dtype,
+                column.shape,
+                name in bits,
+            )
+            assert found.tobytes() == column.tobytes()
+            assert (theirs.dtype == torch.bfloat16, tuple(theirs.shape)) == (name in bits, column.shape)
+            assert theirs.reshape(-1).view(torch.uint8).numpy().tobytes() == column.tobytes()
     shard.close()
 
 
@@ -225,3 +243,44 @@ def test_truncated_and_extended_files_are_refused(tmp_path):
 def test_what_is_no_file_is_refused(tmp_path, path):
     with pytest.raises(ValueError, match=str(tmp_path)):
         Shard.open(tmp_path / path)
+
+
+READ = """
+import hashlib, json, sys
+import safetensors
+from safetensors import safe_open
+import torch
+found = {}
+for path in sys.argv[1:]:
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["fls.format"] == "fls/1"
+        for name in file.keys():
+            tensor = file.get_tensor(name)
+            digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+            found[f"{path} {name}"] = [str(tensor.dtype), list(tensor.shape), digest]
+print(json.dumps([safetensors.__version__, safetensors.__file__, found]))
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("version", ["==0.3.3", ""], ids=["0.3.3", "newest"])
+def test_other_versions_of_safetensors_read_every_shard(tmp_path, toy, dataset, version):
+    # The oldest that this format promises to, of 2023-08, and whatever is the newest today.
+    folder = tmp_path / "safetensors"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"safetensors{version}"]
+    subprocess.run(install, check=True, timeout=300)
+    every = {name: np.arange(48).astype(dtype).reshape(2, 3, 8) for name, dtype in DTYPES.items()}
+    metadata = {"fls.format": "fls/1"}
+    paths = [*dataset.glob("shards/*/*"), *dataset.glob("index/*"), write(tmp_path, every, {"BF16"}, metadata).path]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", READ, *paths], env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found_version, where, found = json.loads(done.stdout)
+    assert where.startswith(str(folder)) and found_version.startswith(version.removeprefix("=="))
+    for path in paths:
+        shard = Shard.open(path)
+        for name, column in shard.columns.items():
+            dtype, shape, digest = found[f"{path} {name}"]
+            assert (shape, digest) == (list(column.shape), hashlib.sha256(column.tobytes()).hexdigest())
+            assert (dtype == "torch.bfloat16") == (shard.dtypes[name] == "BF16")
+    assert len({dtype for dtype, _, _ in found.values()}) == len(DTYPES)  # I8, BF16 and F64 among them

@@ -9,14 +9,15 @@ import pytest
 import xxhash
 
 from fastlatent.store import scan as scan_module
+from fastlatent.store.build import Lock
 from fastlatent.store.reader import Dataset, build_state
-from fastlatent.store.records import Quarantined
+from fastlatent.store.records import Quarantined, Schema
 from fastlatent.store.scan import Entry
 from fastlatent.store.writer import DatasetWriter
 
 
 def open_writer(toy, path, classes=(), **arguments):
-    arguments = {"provenance": toy.PROVENANCE, "unit_rows": 2, "bucket": toy.BUCKET, **arguments}
+    arguments = {"provenance": toy.PROVENANCE, "unit_rows": 2, "schema": toy.SCHEMA, **arguments}
     return DatasetWriter.open(path, arguments.pop("provenance"), list(classes), **arguments)
 
 
@@ -69,7 +70,9 @@ def test_the_same_files_give_the_same_bytes_anywhere(toy, tmp_path, source):
 def test_a_small_dataset_is_what_it_was(toy, tmp_path, source):
     # Pinned like the shard's golden bytes: unit ids, index, names. Do not update; see fastlatent.store.
     toy.build(tmp_path / "d", source)
-    names = "\n".join(sorted(toy.contents(tmp_path / "d")))
+    contents = toy.contents(tmp_path / "d")
+    assert contents.pop("generation/000001.json") == contents["dataset.json"]
+    names = "\n".join(sorted(contents))
     index = (tmp_path / "d/index/000001.safetensors").read_bytes()
     assert xxhash.xxh3_128_hexdigest(names.encode()) == "7d27af16ff63eab5ea337e6e52dc4b28"
     assert xxhash.xxh3_128_hexdigest(index) == "4aa0288da3861e4201126e394bd3a173"
@@ -153,11 +156,11 @@ def test_rows_that_are_not_finite_go_into_quarantine(toy, tmp_path, source, dtyp
     with open_writer(toy, tmp_path / "d", classes, unit_rows=5) as writer:
         (unit,) = writer.plan(entries)
         rows, _ = toy.encode(unit)
-        values = rows.moments.astype(np.float32)
+        values = rows.payload.astype(np.float32)
         values[1, 0, 3, 1, 1] = float(bad)  # the last value of a row
         values[4, 0, 0, 0, 0] = float(bad)  # the first
         moments = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == np.uint16 else values.astype(dtype)
-        writer.commit(unit, replace(rows, moments=moments))
+        writer.commit(unit, replace(rows, payload=moments))
         assert writer.finish().rows == 3
     dataset = Dataset.open(tmp_path / "d")
     assert [one.key for one in dataset.quarantined] == ["ant/2.jpg", "cat/1.jpg"]
@@ -266,7 +269,7 @@ def test_other_settings_are_refused_with_every_difference(toy, tmp_path, source)
     assert "size: 256 (dataset) != 512 (now)" in message and "vae.weights: a1b2c3d4a1b2… (dataset)" in message
     assert "another folder" in message
     with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\), got bucket \(2, 4, 2, 2\)"):
-        open_writer(toy, tmp_path / "d", bucket=(2, 4, 2, 2))
+        open_writer(toy, tmp_path / "d", schema=Schema(((2, 4, 2, 2),)))
     assert toy.contents(tmp_path / "d") == before
     again = {**toy.PROVENANCE, "informational": {"torch": "another"}}
     assert toy.build(tmp_path / "d", source, provenance=again)[0].generation == 1
@@ -278,9 +281,6 @@ def test_other_settings_are_refused_with_every_difference(toy, tmp_path, source)
     [
         ({"provenance": {"hashed": {}}}, "informational"),
         ({"provenance": {"hashed": {"a": float("nan")}, "informational": {}}}, "JSON"),
-        ({"bucket": (1, 3, 2, 2)}, "row shape"), ({"bucket": (3, 4, 2, 2)}, "row shape"),
-        ({"bucket": (4, 2, 2)}, "row shape"), ({"bucket": (1, 4, 0, 2)}, "row shape"),
-        ({"bucket": (1, 4, 2.0, 2)}, "row shape"),
         ({"unit_rows": 0}, "unit_rows"), ({"unit_rows": 1 << 30}, "unit_rows"),
     ],
 )  # fmt: skip
@@ -317,14 +317,21 @@ def test_a_read_only_folder_is_refused(toy, dataset, tmp_path, monkeypatch):
     assert len(Dataset.open(dataset)) == 5
 
 
-def test_a_second_writer_is_told_who_is_at_work(toy, dataset):
+def test_who_wants_the_dataset_alone_is_told_who_is_at_work(toy, dataset):
     with open_writer(toy, dataset):
         with pytest.raises(ValueError, match=rf"being written by pid {os.getpid()} on .*; wait until"):
-            open_writer(toy, dataset)
+            Lock(dataset)
         assert len(Dataset.open(dataset)) == 5  # readers are not disturbed
         assert build_state(dataset).writer.startswith(f"pid {os.getpid()} on ")
+        with open_writer(toy, dataset):
+            assert build_state(dataset).writer.startswith(f"2 writers: pid {os.getpid()} on ")
     assert build_state(dataset) is None
+    alone = Lock(dataset)
+    with pytest.raises(ValueError, match=rf"being written by pid {os.getpid()} on .*; wait until"):
+        open_writer(toy, dataset)
+    alone.release()
     open_writer(toy, dataset).__exit__(None, None, None)
+    assert not [name for name in toy.contents(dataset) if name.startswith("lease/")]
 
 
 def test_a_forked_child_does_not_keep_the_lock(toy, tmp_path):
@@ -334,7 +341,7 @@ def test_a_forked_child_does_not_keep_the_lock(toy, tmp_path):
         "spec = importlib.util.spec_from_file_location('toy', sys.argv[1])\n"
         "toy = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(toy)\n"
-        "w = toy.DatasetWriter.open(sys.argv[2], toy.PROVENANCE, [], unit_rows=2, bucket=toy.BUCKET)\n"
+        "w = toy.DatasetWriter.open(sys.argv[2], toy.PROVENANCE, [], unit_rows=2, schema=toy.SCHEMA)\n"
         "r, s = os.pipe()\n"
         "if os.fork() == 0:\n"
         "    os.write(s, b'x'); sys.stdin.read(); os._exit(0)\n"
@@ -357,9 +364,9 @@ def test_commit_refuses_what_is_not_the_unit(toy, tmp_path, source):
         wrong = [
             (replace(rows, keys=rows.keys[::-1]), ()),
             (replace(rows, keys=rows.keys[:1]), ()),
-            (replace(rows, moments=rows.moments[:1]), ()),
-            (replace(rows, moments=rows.moments[..., :1]), ()),
-            (replace(rows, moments=rows.moments.astype(np.float64)), ()),
+            (replace(rows, payload=rows.payload[:1]), ()),
+            (replace(rows, payload=rows.payload[..., :1]), ()),
+            (replace(rows, payload=rows.payload.astype(np.float64)), ()),
             (replace(rows, orig_hw=rows.orig_hw[:, :1]), ()),
             (replace(rows, crop=rows.crop[:1]), ()),
             (replace(rows, crop=rows.crop.astype(np.float32)), ()),
@@ -377,7 +384,7 @@ def test_commit_refuses_what_is_not_the_unit(toy, tmp_path, source):
             writer.commit(first, rows)
         rows, _ = toy.encode(second)
         with pytest.raises(ValueError, match="expected F16 as in the rest of the dataset, got F32"):
-            writer.commit(second, replace(rows, moments=rows.moments.astype(np.float32)))
+            writer.commit(second, replace(rows, payload=rows.payload.astype(np.float32)))
         with pytest.raises(ValueError, match="2 of 3 units are not yet committed"):
             writer.finish()
 

@@ -3,18 +3,21 @@
 import hashlib
 import math
 import os
+import socket
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from fastlatent.store.records import Quarantined
+from fastlatent.store import lease
+from fastlatent.store.records import Quarantined, Schema
 from fastlatent.store.rows import Rows
 from fastlatent.store.scan import Entry
 from fastlatent.store.writer import DatasetWriter
 
 BUCKET = (1, 4, 2, 2)  # one mirror, 2 channels of mean and 2 of logvar, 2 x 2 positions: 32 bytes a row in float16
+SCHEMA = Schema((BUCKET,))
 PROVENANCE = {"hashed": {"vae": {"weights": "a1b2c3d4" * 8}, "size": 256}, "informational": {"torch": "none"}}
 EPOCH = 1_700_000_000_000_000_000  # ns: files get fixed times, so that an index has fixed bytes
 
@@ -72,8 +75,9 @@ def build(dataset: Path, source: Path, *, unit_rows=2, provenance=PROVENANCE, pa
     """
     entries, classes = scan(source)
     encoded = [] if encoded is None else encoded
-    with DatasetWriter.open(dataset, provenance, classes, unit_rows=unit_rows, bucket=BUCKET) as writer:
-        for unit in writer.plan(entries):
+    with DatasetWriter.open(dataset, provenance, classes, unit_rows=unit_rows, schema=SCHEMA) as writer:
+        writer.plan(entries)
+        for unit in writer.claim():
             time.sleep(pause)
             writer.commit(unit, *encode(unit))
             encoded += [item.key for item in unit.items]
@@ -88,4 +92,9 @@ def contents(dataset: Path) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
+    # DATASET SOURCE PAUSE [EXPIRY HOST]: one of several writers; another HOST shares no process table with the others.
+    if len(sys.argv) > 4:
+        lease.EXPIRY_SECONDS = float(sys.argv[4])
+        lease.BEAT_SECONDS = lease.EXPIRY_SECONDS / 8
+        socket.gethostname = lambda: sys.argv[5]
     build(Path(sys.argv[1]), Path(sys.argv[2]), pause=float(sys.argv[3]))

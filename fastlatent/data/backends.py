@@ -1,0 +1,224 @@
+"""How rows come from a dataset's files into a batch: copied from mapped memory, or read; chosen by a short probe."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from fastlatent.ops import ShardTable, gather_rows
+from fastlatent.ops.read_rows import (
+    FileTable,
+    RowFile,
+    advise_random,
+    count_resident,
+    io_uring_refusal,
+    populate_rows,
+    read_rows,
+    unreadable,
+)
+from fastlatent.store.reader import Dataset
+from fastlatent.store.shard import Shard
+
+# ram       copied from the mapping, which is expected to be in memory. A file that is cut while it is mapped kills the
+#           process (SIGBUS): its size is checked when it is opened, and never again.
+# willneed  the same, after the batch's pages were brought in together; a file that was cut is found then.
+# pread     read by threads, without the mapping. io_uring: read through a ring of the kernel.
+BACKENDS = ("ram", "willneed", "pread", "io_uring")
+READ_THREADS = 16  # a disk wants many reads at once: 16 KiB rows took 70 us each with one, 26 with 16
+RING_DEPTH = 128
+
+RESIDENT = 0.99  # from here on `ram`: at 16 KiB a row, 1 % from the disk costs as much as the other 99 %
+PROBE_SECONDS = 0.15
+PROBE_SHARDS = 16
+PROBE_BYTES = 4 << 20  # of each probed shard, looked up in the page cache; and what one trial reads at most
+# Mapped files of these can change or vanish under the reader, and fault page by page over the network.
+NETWORK = {
+    "9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "gfs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4",
+    "ocfs2", "panfs", "pvfs2", "smb3", "smbfs", "wekafs",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The back end that reads a dataset's rows, and a sentence that says why."""
+
+    name: str
+    why: str
+
+
+class RowReader:
+    """Reads rows of a dataset's payload with one back end. The shards must hold rows of one shape and dtype.
+
+    Args:
+        store: the dataset.
+        choice: of `choose_backend`.
+        numbers: which shards; all by default. `read` counts among these.
+
+    Attributes:
+        row_shape, dtype: of a row.
+
+    Raises:
+        ValueError: a shard is missing, damaged, or of another row shape.
+    """
+
+    def __init__(self, store: Dataset, choice: Choice, numbers: Sequence[int] | None = None) -> None:
+        self.store, self.choice = store, choice
+        self.shards = [store.open_shard(i) for i in (range(len(store.shards)) if numbers is None else numbers)]
+        tensors = [_payload(store, shard) for shard in self.shards]
+        self._mapped = ShardTable(tensors)
+        self.row_shape, self.dtype = self._mapped.row_shape, self._mapped.dtype
+        self._files: FileTable | None = None
+        if choice.name in ("pread", "io_uring"):
+            files = [
+                RowFile(shard.path, tensor.data_ptr() - _address(shard), len(tensor))
+                for shard, tensor in zip(self.shards, tensors, strict=True)
+            ]
+            self._files = FileTable(files, self.row_shape, self.dtype)
+        else:
+            for tensor in tensors:
+                advise_random(tensor)
+
+    def read(self, shard: Tensor, row: Tensor, out: Tensor, *, threads: int = 1) -> None:
+        """out[i] = row row[i] of shard shard[i]; `threads` copy from memory, how many read is the back end's affair.
+
+        Args:
+            shard, row: int64 [N].
+            out: contiguous CPU tensor [N, *row_shape].
+
+        Raises:
+            ValueError: an index is out of range, or a row cannot be read (not with `ram`).
+        """
+        if self._files is not None:
+            depth = RING_DEPTH if self.choice.name == "io_uring" else 0
+            read_rows(self._files, shard, row, out, threads=READ_THREADS, depth=depth)
+            return
+        if self.choice.name == "willneed" and (failed := populate_rows(self._mapped, shard, row)):
+            position, code = failed
+            raise unreadable(self.shards[int(shard[position])].path, int(row[position]), code)
+        gather_rows(self._mapped, shard, row, out, threads)
+
+    def check(self, samples: np.ndarray, shard: Tensor, row: Tensor, batch: Tensor) -> None:
+        """Hold every row of a batch against the xxh3_64 that its shard has of it: 0.6 us for 32 KiB.
+
+        Args:
+            samples: int64 [N], the rows' numbers in the index, for the message.
+
+        Raises:
+            ValueError: a row is damaged.
+        """
+        rows = batch.reshape(len(batch), -1).view(torch.uint8).numpy()
+        for i, (s, r) in enumerate(zip(shard.tolist(), row.tolist(), strict=True)):
+            expected = int(self.shards[s].columns["row_xxh3"][r])
+            found = xxhash.xxh3_64_intdigest(rows[i])
+            if found != expected:
+                raise ValueError(
+                    f"{self.shards[s].path}: row {r} ({self.store.key(int(samples[i]))!r}): expected xxh3_64 "
+                    f"{expected:016x}, got {found:016x}: the shard is damaged; `fastlatent repair {self.store.path}` "
+                    "drops it, the same `encode` makes it again"
+                )
+
+
+def choose_backend(store: Dataset, force: str | None = None) -> Choice:
+    """How this process should read this dataset now. Takes at most about 0.2 s.
+
+    On a network file system never through a mapping; from memory where the shards are there already; else whatever
+    was the fastest at a few random rows.
+
+    Args:
+        force: a name out of BACKENDS, which is then taken.
+
+    Raises:
+        ValueError: no such back end, or one that the kernel or a container refuses.
+    """
+    if force is not None:
+        if force not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {force!r}")
+        if force == "io_uring" and (refusal := io_uring_refusal()):
+            raise ValueError(f"backend io_uring: the kernel or a seccomp filter refuses it ({refusal}); use pread")
+        return Choice(force, "it was asked for")
+    kind = file_system(store.path)
+    if kind in NETWORK or kind.startswith("fuse"):
+        return Choice("pread", f"the dataset is on {kind}, where mapped files fault one page at a time")
+    generator = np.random.default_rng()  # not seeded: a second probe must not find the first one's rows in memory
+    count = min(PROBE_SHARDS, len(store.shards))
+    numbers = generator.choice(len(store.shards), count, replace=False).tolist()
+    share = _resident(store, numbers, generator)
+    if share is not None and share >= RESIDENT:
+        return Choice("ram", f"{share:.0%} of what was probed is in memory")
+    known = "may be in memory or not" if share is None else f"is in memory to {share:.0%}"
+    return _trial(store, numbers, generator, f"the dataset {known}")
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds `path`, as /proc/self/mountinfo names it; "" where that is not there."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return ""
+    resolved = path.resolve()
+    best, kind = -1, ""
+    for line in lines:
+        fields, _, after = line.partition(" - ")
+        # Blanks and the like stand there as \040.
+        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), fields.split(" ")[4])
+        if resolved.is_relative_to(point) and len(point) >= best:  # of two on one point the later covers the other
+            best, kind = len(point), after.split(" ")[0]
+    return kind
+
+
+def _resident(store: Dataset, numbers: list[int], generator: np.random.Generator) -> float | None:
+    """The share of probed pages that are in memory; None where Linux does not tell this user."""
+    inside = pages = 0
+    for number in numbers:
+        shard = store.open_shard(number)
+        if shard.path.stat().st_uid != os.geteuid() and not os.access(shard.path, os.W_OK):
+            return None
+        payload = torch.from_numpy(shard.columns[store.payload].reshape(-1).view(np.uint8))
+        begin = int(generator.integers(max(1, len(payload) - PROBE_BYTES)))
+        counts = count_resident(payload[begin : begin + PROBE_BYTES])
+        inside, pages = inside + counts[0], pages + counts[1]
+    return inside / max(1, pages)
+
+
+def _trial(store: Dataset, numbers: list[int], generator: np.random.Generator, why: str) -> Choice:
+    """The fastest at reading random rows of these shards, rows of their own for each candidate."""
+    names = ["willneed", "pread"] + ([] if io_uring_refusal() else ["io_uring"])
+    readers = {name: RowReader(store, Choice(name, "trial"), numbers) for name in names}
+    lengths = [store.shards[number].rows for number in numbers]
+    row_bytes = max(1, math.prod(readers["pread"].row_shape) * readers["pread"].dtype.itemsize)
+    begin = time.perf_counter()
+    for rows in (8, 64):  # a disk so slow that 8 rows take long is judged by those
+        seconds: dict[str, float] = {}
+        rows = max(1, min(rows, PROBE_BYTES // row_bytes))
+        for name, reader in readers.items():
+            shard = generator.integers(len(numbers), size=rows)
+            row = generator.integers(np.array(lengths)[shard])
+            out = torch.empty((rows, *reader.row_shape), dtype=reader.dtype)
+            start = time.perf_counter()
+            reader.read(torch.from_numpy(shard), torch.from_numpy(row), out)
+            seconds[name] = (time.perf_counter() - start) / rows
+        if time.perf_counter() - begin > PROBE_SECONDS / 8:
+            break
+    best = min(seconds, key=seconds.__getitem__)
+    times = ", ".join(f"{name} {1e6 * value:.0f}" for name, value in seconds.items())
+    return Choice(best, f"{why}; microseconds a row: {times}")
+
+
+def _payload(store: Dataset, shard: Shard) -> Tensor:
+    tensor = torch.from_numpy(shard.columns[store.payload])
+    # numpy has no bfloat16: the store hands out its bits.
+    return tensor.view(torch.bfloat16) if shard.dtypes[store.payload] == "BF16" else tensor
+
+
+def _address(shard: Shard) -> int:
+    return np.frombuffer(shard.mapping, np.uint8, count=1).ctypes.data
