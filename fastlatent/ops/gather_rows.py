@@ -90,7 +90,7 @@ def _cpu(table: Tensor, shard_index: Tensor, row_index: Tensor, out: Tensor, thr
     row_bytes = out.nbytes // max(1, out.shape[0])
     try:
         _native.call(
-            "cpu", "gather_rows", table.data_ptr(), len(table), shard_index.data_ptr(), row_index.data_ptr(),
+            "cpu", "gather_rows", table.data_ptr(), table.shape[0], shard_index.data_ptr(), row_index.data_ptr(),
             out.shape[0], row_bytes, out.data_ptr(), threads,
         )  # fmt: skip
     except _native.BadIndexError:
@@ -109,7 +109,7 @@ def _out_of_range(lengths: list[int], shard_index: list[int], row_index: list[in
 
 
 def _plain(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.is_cpu and tensor.is_contiguous()  # device.type makes a string: 0.4 us of the call's 9
 
 
 def _describe(tensor: Tensor) -> str:

@@ -8,7 +8,8 @@ DATASET/
     index/GGGGGG.safetensors       one row per sample: where it lies, its label, its source
     statistics/GGGGGG.json         per latent channel, over the rows of the index
     quarantine/GGGGGG.json         files of the scan that could not become rows, and why; absent where there are none
-    plan/GGGGGG.json, journal/UUID.jsonl, .lock, .tmp-*    an encode in progress; a reader needs none of them
+    generation/GGGGGG.json         a copy of every dataset.json
+    plan/GGGGGG.json, journal/UUID.jsonl, lease/*.json, .lock, .tmp-*    an encode in progress; a reader needs none
 Files of earlier generations stay for readers that have them open; an encode never removes them.
 
 Conventions. Numbers are little-endian. Digests are xxh3_128 (32 hexadecimal digits) unless named otherwise; in a column
@@ -70,17 +71,31 @@ STATISTICS: {count, mean, m2, posterior_variance, min, max, abs_max}, see `fastl
 QUARANTINE: {format, fingerprint, files [{key, digest, size, mtime_ns, reason, error}]}.
 
 COMMIT PROTOCOL. Every file is written as .tmp-NAME-UUID beside its place, fdatasynced, renamed, and the directory
-fsynced (new directories too). One writer at a time holds flock on .lock.
-    1. provenance.json.
-    2. plan/G.json, G the coming generation: {format, generation, fingerprint, units [{unit, bucket, items [[key,
-       digest, size, mtime_ns]]}]}. Units are cut in key order from the (key, digest) pairs that no manifest,
-       quarantine or journal has. A pending plan stays while every file of its open units is unchanged.
-    3. For each unit, in any order: its shard, then one fsynced line in this writer's journal: {generation, unit, dtype,
-       shard (as in the manifest, or null), quarantined}. A last line that is torn counts for nothing; a unit counts
-       while its shard is there in full size. Of two lines for one unit the smaller shard digest wins.
-    4. quarantine, manifest, index, statistics of G; a file equal to the last generation's is named, not written again.
+fsynced (new directories too). Any number of processes, on any hosts of one file system with hard links and flock, write
+one dataset together and wait for each other nowhere but at the end. Each holds .lock shared; who must have the dataset
+for itself holds it exclusively.
+    1. provenance.json, by link: whoever is first decides, and nobody overwrites it.
+    2. plan/G.json, G the coming generation: {format, generation, fingerprint, scan, units [{unit, bucket, items [[key,
+       digest, size, mtime_ns]]}]}. "scan" is the digest of all files, labels and classes (`build.scan_digest`), null
+       where the plan waits for whoever comes. Units are cut from the (key, digest) pairs that no manifest, quarantine
+       or journal has. Made by link, also without units; a writer with the same scan joins it. Another one replaces
+       it while nobody works on it; a unit that is not done then stays if every file of the open units is unchanged.
+    3. For each unit, by any writer and in any order: its shard, then one fsynced line in this writer's journal for G:
+       {generation, unit, dtype, shard (as in the manifest, or null), quarantined}. A last line that is torn counts for
+       nothing; a unit counts while its shard is there in full size. Of two lines for one unit the smaller shard
+       digest wins.
+    4. When all units have their line, whoever sees it first: quarantine, manifest, index, statistics of G; a file equal
+       to the last generation's is named, not written again.
     5. dataset.json, by rename: this is the commit. Where it would say what it says already, there is no generation G.
-    6. The plan, the journals and unfinished files are removed. Shards never are.
+    6. A copy, generation/G.json. The plan and the journals of G are removed, unfinished files by whoever is alone.
+       Shards never are.
+Joining or writing a plan, and 4 to 6, are done under flock of plan/.lock, each time after a look at whether
+dataset.json and the plan are still those that were expected: who comes second finds G published, and returns.
+LEASES save work; none of this needs them. A writer keeps lease/writer-UUID.json, {host, pid, counter, generation (of
+the plan it works on, 0 for none)}, under flock, and raises its counter every 10 s. lease/UNIT.json, and lease/plan.json
+of who reads the files for a plan, are hard links to it. A lease has expired when its flock is free and its host is the
+observer's, else when its counter has not moved for 120 s of the observer's own clock. It is stolen by a rename to a
+unique name, and a link. Whoever does work twice does it with the same bytes.
 Killed anywhere, the same command run again goes on, and ends with the same bytes in every file.
 
 STABILITY. "fls/1" is final: files written today stay readable, and nothing will need encoding again.

@@ -42,6 +42,7 @@ from fastlatent.store.live import (
     renumber,
     take,
 )
+from fastlatent.store.merge import keep_copy
 from fastlatent.store.provenance import differences
 from fastlatent.store.reader import PROVENANCE, Dataset, open_checked
 from fastlatent.store.records import Bucket, ShardRecord, decode_key, encode_key, key_columns, key_list
@@ -293,7 +294,7 @@ def _write(parts: list[tuple[Path, Part]], parents: list[Dataset], what: str, *,
             provenance = {"hashed": parent.provenance["hashed"], "informational": informational}
             write_atomic(folder / PROVENANCE, canonical_json(provenance) + b"\n")
             linked = _place_shards(folder, part, copy)
-            statistics = live_statistics(part.index, part.records, functools.partial(_open, part))
+            statistics = live_statistics(part.index, part.records, part.buckets, functools.partial(_open, part))
             contents = Contents(
                 fingerprint=parent.fingerprint,
                 classes=part.classes,
@@ -307,6 +308,7 @@ def _write(parts: list[tuple[Path, Part]], parents: list[Dataset], what: str, *,
                 quarantine=part.quarantine,
             )
             derived.append(Derived(replace(publish_generation(folder, None, contents), path=out), linked))
+            keep_copy(folder)
     return derived
 
 

@@ -6,6 +6,7 @@ Leases save work; correctness never needs them. What two writers both do, they d
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -245,7 +246,11 @@ def writers(root: Path) -> list[str]:
 
 
 def write_exclusive(path: Path, data: bytes) -> bool:
-    """`store.files.write_atomic` that never overwrites. False: there is a file at `path`, which stays."""
+    """`store.files.write_atomic` that never overwrites. False: there is a file at `path`, which stays.
+
+    Raises:
+        ValueError: a file system without hard links.
+    """
     make_directory(path.parent)
     temporary = path.parent / f"{TEMPORARY}{path.name[:64]}-{uuid.uuid4().hex}"
     try:
@@ -258,6 +263,10 @@ def write_exclusive(path: Path, data: bytes) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise ValueError(f"{path}: expected a file system with hard links, got: {error.strerror}") from None
+        raise
     finally:
         with suppress(OSError):
             os.unlink(temporary)

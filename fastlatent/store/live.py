@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -11,6 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from fastlatent.store.merge import row_statistics
 from fastlatent.store.reader import INDEX_COLUMNS, Dataset
 from fastlatent.store.records import Bucket, ShardRecord, key_columns, key_list
 from fastlatent.store.shard import Shard
@@ -37,11 +37,6 @@ def rows_by_shard(index: Columns, shards: int) -> list[np.ndarray]:
     return [order[starts[i] : starts[i + 1]] for i in range(shards)]
 
 
-def payload_name(shard: Shard) -> str:
-    """The column that holds the latents: the first of the shard's fields."""
-    return json.loads(shard.metadata["fls.fields"])[0]
-
-
 def payload_rows(shard: Shard, name: str) -> list[np.ndarray]:
     """The rows of a shard's column; ragged ones lie one after another behind their offsets.
 
@@ -54,26 +49,21 @@ def payload_rows(shard: Shard, name: str) -> list[np.ndarray]:
     return [values[start:end] for start, end in pairwise(offsets.tolist())]
 
 
-def shard_statistics(shard: Shard, rows: np.ndarray | None = None) -> Statistics:
+def shard_statistics(shard: Shard, bucket: Bucket, rows: np.ndarray | None = None) -> Statistics:
     """Of an open shard's rows: all of them, or those numbered `rows` (at least one)."""
-    name = payload_name(shard)
-
-    def chosen(column: str) -> np.ndarray | None:
-        values = shard.columns.get(column)
-        if values is None or rows is None:
-            return values
-        if f"{name}.offsets" in shard.columns:
-            parts = payload_rows(shard, column)
-            return np.concatenate([parts[i] for i in rows.tolist()])
-        return values[rows]
-
-    values = chosen(name)
-    assert values is not None
-    return Statistics.of(values, shard.dtypes[name], name, chosen(f"{name}.scale"))
+    if rows is not None:
+        return row_statistics(shard, bucket, rows)
+    name = bucket.payload
+    return Statistics.of(shard.columns[name], bucket.dtype, name, shard.columns.get(f"{name}.scale"))
 
 
 def live_statistics(
-    index: Columns, shards: list[ShardRecord], opened: Callable[[int], Shard], *, recompute: bool = False
+    index: Columns,
+    shards: list[ShardRecord],
+    buckets: list[Bucket],
+    opened: Callable[[int], Shard],
+    *,
+    recompute: bool = False,
 ) -> Iterator[tuple[int, Statistics]]:
     """(number, statistics of the rows in use) of every shard that has some, in manifest order.
 
@@ -84,7 +74,8 @@ def live_statistics(
             yield i, shards[i].statistics
         elif len(at):
             with closing(opened(i)) as shard:
-                yield i, shard_statistics(shard, None if len(at) == shards[i].rows else index["row"][at])
+                bucket = buckets[shards[i].bucket]
+                yield i, shard_statistics(shard, bucket, None if len(at) == shards[i].rows else index["row"][at])
 
 
 def merged(parts: Iterable[Statistics]) -> Statistics:

@@ -136,6 +136,28 @@ def merge(
     return publish(path, current, contents)
 
 
+def describes(dataset: Dataset, files: list[Scanned], classes: list[str]) -> bool:
+    """Whether `dataset` is exactly of these files."""
+    indexed, bad = index_rows(dataset), quarantined_files(dataset)
+    if dataset.classes != classes or len(files) != len(indexed) + len(bad):
+        return False
+    columns = [dataset.src_size.tolist(), dataset.src_mtime_ns.tolist(), dataset.label.tolist()]
+    groups = dataset.groups
+    names = [groups.key(i) for i in range(len(groups))] if groups else []
+    for one in files:
+        i, entry = indexed.get(one.pair), one.entry
+        if i is not None:
+            same = [column[i] for column in columns] == [entry.size, entry.mtime_ns, entry.label]
+            place = (names[groups.group[i]], int(groups.order[i])) if groups else ("", 0)
+            same = same and place == (entry.group, entry.order if groups else 0)
+        else:
+            was = bad.get(one.pair, {})
+            same = (was.get("size"), was.get("mtime_ns")) == (entry.size, entry.mtime_ns)
+        if not same:
+            return False
+    return True
+
+
 def published(dataset: Dataset) -> DatasetInfo:
     """What the `publish` of this generation returned."""
     totals = dataset.totals

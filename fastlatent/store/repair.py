@@ -42,6 +42,7 @@ from fastlatent.store.live import (
     rows_by_shard,
     take,
 )
+from fastlatent.store.merge import GENERATION, keep_copy
 from fastlatent.store.provenance import fingerprint as fingerprint_of
 from fastlatent.store.reader import PROVENANCE, Dataset, Totals, read_provenance, read_root, root_digest
 from fastlatent.store.records import (
@@ -55,7 +56,7 @@ from fastlatent.store.records import (
 )
 from fastlatent.store.salvage import index_from_shards, unnamed_shards
 from fastlatent.store.shard import Shard
-from fastlatent.store.verify import GENERATION, SHARDS, Examined, Finding, Progress, examine, sound_copies
+from fastlatent.store.verify import SHARDS, Examined, Finding, Progress, examine, sound_copies
 
 DAMAGED = "damaged"  # the folder that damaged files are moved to
 BESIDE = 4  # files in quarantine before its first and after its last sample that may be a unit's own
@@ -207,7 +208,7 @@ def _publish_the_rest(seen: Examined, report: RepairReport) -> None:
         return
     _plan(report, seen.fingerprint, coming, coming + 1, units)
     unchanged = seen.numbered and not seen.damaged
-    parts = live_statistics(index, shards, lambda i: seen.open_record(shards[i]))
+    parts = live_statistics(index, shards, seen.buckets, lambda i: seen.open_record(shards[i]))
     contents = Contents(
         fingerprint=seen.fingerprint,
         classes=root["classes"],
@@ -221,6 +222,7 @@ def _publish_the_rest(seen: Examined, report: RepairReport) -> None:
         quarantine=quarantine,
     )
     report.generation = publish(path, _without(seen, wrong), contents).generation
+    keep_copy(path)
 
 
 def _without(seen: Examined, wrong: set[str]) -> Dataset:

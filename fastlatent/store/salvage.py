@@ -6,7 +6,7 @@ from contextlib import closing, suppress
 
 import numpy as np
 
-from fastlatent.store.live import Columns, payload_name, shard_statistics, take
+from fastlatent.store.live import Columns, shard_statistics, take
 from fastlatent.store.records import ShardRecord, decode_key, digest_strings, key_columns, key_hashes, key_list
 from fastlatent.store.shard import Shard
 from fastlatent.store.verify import SHARDS, Examined, hash_file
@@ -24,12 +24,12 @@ def unnamed_shards(seen: Examined) -> list[ShardRecord]:
         unit, _, digest = file.stem.partition("-")
         if name in named:
             continue
-        with suppress(ValueError, OSError), closing(Shard.open(file)) as shard:
-            payload = payload_name(shard)
-            shape = tuple(int(size) for size in shard.metadata["fls.bucket"].split("x"))
-            kinds = [(one.shape, one.dtype) for one in seen.buckets]
-            if hash_file(file) != digest or (shape, shard.dtypes[payload]) not in kinds:
+        with suppress(ValueError, KeyError, OSError), closing(Shard.open(file)) as shard:
+            shape = tuple(int(size) for size in shard.metadata["fls.bucket"].replace("x", " ").split())
+            kinds = [number for number, one in enumerate(seen.buckets) if one.shape == shape]
+            if hash_file(file) != digest or not kinds:
                 continue
+            bucket = seen.buckets[kinds[0]]
             keys = key_list(shard.columns)
             record = ShardRecord(
                 unit=unit,
@@ -39,10 +39,10 @@ def unnamed_shards(seen: Examined) -> list[ShardRecord]:
                 header_xxh3_64=shard.header_xxh3_64,
                 xxh3_128=digest,
                 rows=len(keys),
-                bucket=kinds.index((shape, shard.dtypes[payload])),
+                bucket=kinds[0],
                 first_key=decode_key(keys[0]),
                 last_key=decode_key(keys[-1]),
-                statistics=shard_statistics(shard),
+                statistics=shard_statistics(shard, bucket),
             )
             seen.open_record(record).close()
             found.append(record)

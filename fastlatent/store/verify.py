@@ -20,11 +20,11 @@ from fastlatent.store.live import (
     Columns,
     live_statistics,
     merged,
-    payload_name,
     payload_rows,
     rows_by_shard,
     shard_statistics,
 )
+from fastlatent.store.merge import GENERATION
 from fastlatent.store.provenance import fingerprint as fingerprint_of
 from fastlatent.store.reader import (
     INDEX_COLUMNS,
@@ -49,7 +49,6 @@ from fastlatent.store.shard import Shard
 from fastlatent.store.statistics import Statistics
 
 SHARDS = "shards"
-GENERATION = "generation"  # its folder of copies of dataset.json
 BLOCK_BYTES = 8 << 20  # read and hashed at a time
 # Another processor's exp() and order of summation differ in the last bits: 1e-15 of the largest term were seen.
 STATISTICS_TOLERANCE = 1e-12
@@ -312,7 +311,8 @@ def check_shard(seen: Examined, i: int, at: np.ndarray | None) -> list[Finding]:
             for sample, row in zip(at.tolist(), seen.index["row"][at].tolist(), strict=True):
                 if row < len(names):
                     names[row] = decode_key(utf8[offsets[sample] : offsets[sample + 1]].tobytes())
-        name = payload_name(shard)
+        bucket = seen.buckets[record.bucket]
+        name = bucket.payload
         rows = payload_rows(shard, name)
         scaled = [payload_rows(shard, one) for one in (f"{name}.scale",) if one in shard.columns]
         found = np.array([_row_digest(*parts) for parts in zip(rows, *scaled, strict=True)], "<u8")
@@ -327,7 +327,7 @@ def check_shard(seen: Examined, i: int, at: np.ndarray | None) -> list[Finding]:
             own.find(record.path, "it holds NaN or infinity", names[row])
         if seen.index is not None and at is not None:
             _check_samples(own, seen.index, at, shard, keys, record.path)
-        if not own.findings and not same_statistics(shard_statistics(shard), record.statistics):
+        if not own.findings and not same_statistics(shard_statistics(shard, bucket), record.statistics):
             own.find(record.path, "expected rows with the statistics of its manifest, got others")
     return own.findings
 
@@ -375,7 +375,9 @@ def _check_statistics(seen: Examined) -> None:
     assert seen.root is not None and seen.index is not None
     record = FileRecord.parse(seen.root["statistics"], ROOT)
     recorded = Statistics.from_dict(record.read_json(seen.path), record.path)
-    if not same_statistics(merged(part for _, part in live_statistics(seen.index, seen.shards, seen.open)), recorded):
+    if not same_statistics(
+        merged(part for _, part in live_statistics(seen.index, seen.shards, seen.buckets, seen.open)), recorded
+    ):
         seen.find(record.path, "expected the statistics of the samples, got others")
 
 

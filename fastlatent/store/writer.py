@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from fastlatent.store import lease
+from fastlatent.store.admission import check_ours, check_provenance, check_schema, check_shards
 from fastlatent.store.build import (
     PLAN,
     Committed,
@@ -25,13 +25,14 @@ from fastlatent.store.build import (
     write_plan,
 )
 from fastlatent.store.cut import Cutter
-from fastlatent.store.files import TEMPORARY, canonical_json, make_directory
+from fastlatent.store.files import canonical_json, make_directory
 from fastlatent.store.generation import DatasetInfo
-from fastlatent.store.lease import Leases, exclusive, write_exclusive
+from fastlatent.store.lease import Leases, exclusive
 from fastlatent.store.merge import (
     Place,
     changed_groups,
     clean,
+    describes,
     index_rows,
     keep_copy,
     merge,
@@ -40,9 +41,9 @@ from fastlatent.store.merge import (
     revive,
     sweep,
 )
-from fastlatent.store.provenance import differences, fingerprint
-from fastlatent.store.reader import PROVENANCE, Dataset, read_provenance, read_root
-from fastlatent.store.records import RAGGED, ROOT, Bucket, Quarantined, Schema, Unit, encode_key
+from fastlatent.store.provenance import fingerprint
+from fastlatent.store.reader import Dataset, read_root
+from fastlatent.store.records import RAGGED, ROOT, Quarantined, Schema, Unit, encode_key
 from fastlatent.store.rows import Rows, write_rows
 from fastlatent.store.scan import Entry, Pair, Scanned, scan, sort_entries
 
@@ -120,7 +121,7 @@ class DatasetWriter:
         if not 1 <= unit_rows <= max(1, MAX_SHARD_BYTES // (4 * largest)):
             raise ValueError(f"unit_rows: expected 1 to {MAX_SHARD_BYTES // (4 * largest)}, got {unit_rows}")
         canonical_json(provenance)  # refuse what JSON cannot hold before anything is written
-        _check_ours(path)
+        check_ours(path)
         try:
             make_directory(path)
         except OSError as error:
@@ -128,11 +129,11 @@ class DatasetWriter:
         lock = Lock(path, shared=True)
         leases = None
         try:
-            _check_provenance(path, provenance)
+            check_provenance(path, provenance)
             current = Dataset.open(path) if (path / ROOT).exists() else None
             if current:
-                _check_schema(current, schema)
-            _check_shards(path, current)
+                check_schema(current, schema)
+            check_shards(path, current)
             leases = Leases(path)
             if lock.alone:
                 sweep(path)
@@ -214,7 +215,10 @@ class DatasetWriter:
         units = self._cut(files, pending)
         self._digest = scan_digest(files, self._classes, self._schema)
         self._units = {unit.id: unit for unit in units}
-        fits = pending is not None and pending.scan == self._digest and pending.units == [_bare(one) for one in units]
+        fits = pending is not None and (pending.scan, [one.id for one in pending.units]) == (
+            self._digest,
+            [*self._units],
+        )
         if not fits:
             if pending is None and (not files or self._is_current(files)):  # `finish` refuses to have no files
                 self._scan = files
@@ -383,7 +387,7 @@ class DatasetWriter:
         with exclusive(self.path / PLAN / ".lock"):
             if _generation(self.path) >= self._generation:
                 current = Dataset.open(self.path)
-                if not _describes(current, self._scan, self._classes):
+                if not describes(current, self._scan, self._classes):
                     raise ValueError(
                         f"{self.path}: another writer has published generation {current.generation} from another "
                         "state of the files; run this again"
@@ -437,7 +441,7 @@ class DatasetWriter:
             self._begin(Dataset.open(self.path))
 
     def _is_current(self, files: list[Scanned]) -> bool:
-        return self._current is not None and _describes(self._current, files, self._classes)
+        return self._current is not None and describes(self._current, files, self._classes)
 
     def _known(self, pending: Plan | None) -> dict[bytes, tuple[int, int, str]]:
         """What files looked like when they were last read: key -> size, mtime_ns, digest."""
@@ -469,78 +473,3 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 def _bare(unit: Unit) -> Unit:
     """As a plan has it: without paths."""
     return replace(unit, items=tuple(replace(item, path="") for item in unit.items))
-
-
-def _describes(dataset: Dataset, files: list[Scanned], classes: list[str]) -> bool:
-    """Whether `dataset` is exactly of these files."""
-    indexed, bad = index_rows(dataset), quarantined_files(dataset)
-    if dataset.classes != classes or len(files) != len(indexed) + len(bad):
-        return False
-    columns = [dataset.src_size.tolist(), dataset.src_mtime_ns.tolist(), dataset.label.tolist()]
-    groups = dataset.groups
-    names = [groups.key(i) for i in range(len(groups))] if groups else []
-    for one in files:
-        i, entry = indexed.get(one.pair), one.entry
-        if i is not None:
-            same = [column[i] for column in columns] == [entry.size, entry.mtime_ns, entry.label]
-            place = (names[groups.group[i]], int(groups.order[i])) if groups else ("", 0)
-            same = same and place == (entry.group, entry.order if groups else 0)
-        else:
-            was = bad.get(one.pair, {})
-            same = (was.get("size"), was.get("mtime_ns")) == (entry.size, entry.mtime_ns)
-        if not same:
-            return False
-    return True
-
-
-def _check_ours(path: Path) -> None:
-    """Raise ValueError where `path` holds what no writer of ours has put there."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise ValueError(f"{path}: expected a folder for the dataset, got a file")
-    names = sorted(entry.name for entry in path.iterdir())
-    others = [name for name in names if name != ".lock" and not name.startswith(TEMPORARY)]
-    if others and PROVENANCE not in others and ROOT not in others:
-        raise ValueError(f"{path}: expected an empty folder or a dataset, got {others[:5]}: choose another folder")
-
-
-def _check_provenance(path: Path, provenance: dict[str, Any]) -> None:
-    """Write provenance.json where there is none; refuse where there is another."""
-    if not (path / PROVENANCE).exists():
-        if (path / ROOT).exists():
-            raise ValueError(f"{path / PROVENANCE} is missing: restore it from a copy, or encode into a new folder")
-        write_exclusive(path / PROVENANCE, canonical_json(provenance) + b"\n")
-    ours = read_provenance(path)["hashed"]
-    if fingerprint(ours) != fingerprint(provenance["hashed"]):
-        lines = "\n  ".join(differences(ours, provenance["hashed"]))
-        raise ValueError(
-            f"{path} was encoded with other settings:\n  {lines}\n"
-            "encode into another folder, or go back to the dataset's settings"
-        )
-
-
-def _check_schema(current: Dataset, schema: Schema) -> None:
-    if (current.payload, tuple(current.extras)) != (schema.payload, schema.extras):
-        raise ValueError(
-            f"{current.path}: expected rows of {current.payload} with {current.extras}, got {schema.payload} with "
-            f"{schema.extras}: encode into another folder"
-        )
-    one, other = current.buckets[0].shape, schema.buckets[0]
-    channels = current.buckets[0].channels, Bucket(other, "F16", 0, schema.payload).channels
-    if (one[0], len(one), channels[0]) != (other[0], len(other), channels[1]):
-        raise ValueError(f"{current.path}: expected rows like {one}, got bucket {other}: encode into another folder")
-
-
-def _check_shards(path: Path, current: Dataset | None) -> None:
-    for record in current.shards if current else ():
-        try:
-            size = (path / record.path).stat().st_size
-        except OSError:
-            size = -1
-        if size != record.bytes:
-            came = "no such file" if size < 0 else f"{size} bytes"
-            raise ValueError(
-                f"{path / record.path}: expected {record.bytes} bytes, got {came}: restore it from a copy, or "
-                "encode into a new folder"
-            )

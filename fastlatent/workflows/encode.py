@@ -119,6 +119,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
                 rows, bad = _encode_unit(unit, pictures, vae, config, bucket, progress, stop)
                 writer.commit(unit, rows, bad)
                 encoded += len(rows.keys)
+            progress.advance(progress.total - progress.done)  # by others, after this process last looked
         info = writer.finish()
     quarantined = {one.key: one.reason for one in Dataset.open(out).quarantined}
     report = EncodeReport(out, info.rows, encoded, info.shards, info.bytes, quarantined, unreadable)

@@ -68,7 +68,7 @@ def stats(config: StatsConfig) -> None:
     parts: dict[int, list[Statistics]] = {}
     every: list[Statistics] = []
     for i, part in live_statistics(
-        dataset_index(dataset), dataset.shards, dataset.open_shard, recompute=config.recompute
+        dataset_index(dataset), dataset.shards, dataset.buckets, dataset.open_shard, recompute=config.recompute
     ):
         parts.setdefault(dataset.shards[i].bucket, []).append(part)
         every.append(part)

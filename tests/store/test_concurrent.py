@@ -1,5 +1,6 @@
 """Any number of processes and hosts fill one dataset together, and end with the bytes of one."""
 
+import errno
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastlatent.store import lease
+from fastlatent.store import admission, lease
 from fastlatent.store import scan as scan_module
 from fastlatent.store import writer as writer_module
 from fastlatent.store.build import read_journals
@@ -327,16 +328,26 @@ def test_both_hash_and_one_plan_wins(toy, tmp_path, source, monkeypatch):
 
 
 def test_a_first_writer_that_was_faster_decides_the_provenance(toy, tmp_path, source, monkeypatch):
-    real = writer_module.write_exclusive
+    real = admission.write_exclusive
 
     def race(path, data):
         path.write_bytes(data.replace(b'"size":256', b'"size":512'))
         return real(path, data)
 
-    monkeypatch.setattr(writer_module, "write_exclusive", race)
+    monkeypatch.setattr(admission, "write_exclusive", race)
     with pytest.raises(ValueError, match=r"other settings:\n  size: 512 \(dataset\) != 256 \(now\)"):
         open_writer(toy, tmp_path / "d", source)
     assert b'"size":512' in (tmp_path / "d/provenance.json").read_bytes()
+
+
+def test_a_file_system_without_hard_links_is_refused(toy, tmp_path, source, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted", str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(ValueError, match=r"provenance.json: expected a file system with hard links"):
+        open_writer(toy, tmp_path / "d", source)
+    assert not [name for name in toy.contents(tmp_path / "d") if ".tmp-" in name]
 
 
 def test_every_generation_keeps_its_root(toy, change, tmp_path, source):

@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["fastlatent.store"]):
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        target = hostile.Target(Path(folder), toy)
+        targets = [hostile.Target(Path(folder) / what, toy, what) for what in hostile.WRITERS]
 
         def one(data: bytes) -> None:
             source = atheris.FuzzedDataProvider(data)
@@ -27,6 +27,7 @@ def main() -> None:
             def pick(count: int) -> int:
                 return source.ConsumeIntInRange(0, count - 1)
 
+            target = targets[pick(len(targets))]
             kind = list(hostile.KINDS)[pick(len(hostile.KINDS))]
             seal = bool(pick(4))  # three in four get past the digests
             if pick(4):

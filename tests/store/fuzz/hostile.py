@@ -19,6 +19,9 @@ import xxhash
 
 from fastlatent.store.files import canonical_json
 from fastlatent.store.reader import Dataset, build_state, root_digest
+from fastlatent.store.records import RAGGED, Field, Quarantined, Schema
+from fastlatent.store.rows import Rows
+from fastlatent.store.scan import Entry
 from fastlatent.store.statistics import Statistics
 from fastlatent.store.writer import DatasetWriter
 
@@ -49,21 +52,58 @@ LENGTHS = (0, 1, 2, 7, 1 << 31, 1 << 32, 1 << 63, (1 << 64) - 1, 100_000_000, 10
 PLACE = "@@ here @@"
 
 
+def write_images(folder: Path, toy: ModuleType, finish: bool) -> None:
+    """Moments of images, one bucket; without `finish` two files and one bad one more, and the commit left out."""
+    source = toy.make_source(folder / "source", ["ant/1.jpg", "ant/2.jpg", "bee/1.jpg"])
+    toy.write_file(source, "ant/bad.jpg", b"bad bytes")
+    if finish:
+        toy.build(folder / "dataset", source)
+        return
+    for name in ("bee/2.jpg", "bee/3.jpg", "bee/bad.jpg"):
+        toy.write_file(source, name, name[4:].encode())
+    entries, classes = toy.scan(source)
+    with DatasetWriter.open(folder / "dataset", toy.PROVENANCE, classes, unit_rows=2, schema=toy.SCHEMA) as writer:
+        for unit in writer.plan(entries):  # two journal lines or more: only a damaged last one counts for nothing
+            writer.commit(unit, *toy.encode(unit))
+
+
+def write_tokens(folder: Path, toy: ModuleType, finish: bool) -> None:
+    """Everything else: groups, two buckets, one of them ragged, int8 with scales, further tensors."""
+    extras = (Field("text", "U8", (RAGGED,)), Field("embedding", "BF16", (3,)), Field("time", "F64", ()))
+    schema = Schema(((1, RAGGED, 4), (1, 3, 4)), "tokens", extras)
+    entries = []
+    for i in range(5 if finish else 9):
+        key = f"{i}.bin"
+        toy.write_file(folder / "source", key, key.encode())
+        size, mtime = len(key), (folder / "source" / key).stat().st_mtime_ns
+        entries.append(Entry(key, str(folder / "source" / key), -1, size, mtime, i // 3 % 2, f"clip {i // 3}", i % 3))
+    with DatasetWriter.open(folder / "dataset", toy.PROVENANCE, [], unit_rows=2, schema=schema) as writer:
+        for unit in writer.plan(entries):
+            keys = [item.key for item in unit.items if item.key != "1.bin"]
+            bad = [Quarantined(one.key, one.digest, "bad", "OSError") for one in unit.items if one.key == "1.bin"]
+            count = len(keys)
+            payload: Any = np.ones((count, 1, 3, 4), np.int8)
+            scale: Any = np.ones((count, 1), np.float32)
+            if RAGGED in unit.bucket:
+                payload = [np.full((i, 4), i, np.int8) for i in range(count)]
+                scale = [np.ones(i, np.float32) for i in range(count)]
+            texts = [np.frombuffer(key.encode(), np.uint8) for key in keys]
+            more = {"text": texts, "embedding": np.zeros((count, 3), np.uint16), "time": np.zeros(count)}
+            writer.commit(unit, Rows(keys, payload, scale=scale, extras=more), bad)
+        if finish:
+            writer.finish()
+
+
+WRITERS = {"images": write_images, "tokens": write_tokens}
+
+
 class Target:
     """A dataset of one generation in `path`, with an encode of the second interrupted before its end."""
 
-    def __init__(self, path: Path, toy: ModuleType):
-        source = toy.make_source(path / "source", ["ant/1.jpg", "ant/2.jpg", "bee/1.jpg"])
-        toy.write_file(source, "ant/bad.jpg", b"bad bytes")
+    def __init__(self, path: Path, toy: ModuleType, what: str):
         self.path = path / "dataset"
-        toy.build(self.path, source)
-        toy.write_file(source, "bee/2.jpg", b"added")
-        toy.write_file(source, "bee/3.jpg", b"added too")
-        toy.write_file(source, "bee/bad.jpg", b"bad too")
-        entries, classes = toy.scan(source)
-        with DatasetWriter.open(self.path, toy.PROVENANCE, classes, unit_rows=2, schema=toy.SCHEMA) as writer:
-            for unit in writer.plan(entries):  # two lines: only a damaged last one counts for nothing
-                writer.commit(unit, *toy.encode(unit))
+        for finish in (True, False):
+            WRITERS[what](path, toy, finish)
         shards = Dataset.open(self.path).shards
         self.files = {kind: next(self.path.glob(pattern)) for kind, pattern in KINDS.items()}
         self.files["shard"] = self.path / shards[0].path
