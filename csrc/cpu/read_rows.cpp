@@ -16,7 +16,13 @@
 #if defined(__linux__) && __has_include(<linux/io_uring.h>)
 #include <linux/io_uring.h>
 #include <sys/syscall.h>
+#if defined(IORING_FEAT_RW_CUR_POS) && defined(__NR_io_uring_setup)  // headers of Linux 5.6: they have IORING_OP_READ
 #define FASTLATENT_IO_URING 1
+#endif
+#endif
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22  // headers older than Linux 5.14; the kernel may know it nevertheless
 #endif
 
 namespace {
@@ -303,13 +309,11 @@ int fastlatent_populate_rows_cpu(const int64_t* table, int64_t shard_count, cons
     ranges.resize(rows ? last + 1 : 0);
     // All are asked for before the first is waited for: the disk sees the whole batch.
     for (const Range& r : ranges) madvise(reinterpret_cast<void*>(r.begin), r.end - r.begin, MADV_WILLNEED);
-#ifdef MADV_POPULATE_READ
     for (const Range& r : ranges) {
       if (madvise(reinterpret_cast<void*>(r.begin), r.end - r.begin, MADV_POPULATE_READ) == 0) continue;
       if (errno == EINVAL) break;  // before Linux 5.14
       keep_first(failure, r.row, errno);
     }
-#endif
   } catch (const std::bad_alloc&) {
     return FASTLATENT_NO_MEMORY;
   }

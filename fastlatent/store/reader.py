@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,8 @@ class Dataset:
         recorded = FileRecord.parse(member(root, "statistics", dict, what), f"{what}: statistics")
         self.statistics = Statistics.from_dict(recorded.read_json(path), str(path / recorded.path))
         self.quarantine = _read_quarantine(path, root)
-        index = _read_index(path, root, self.fingerprint)
+        opened = _read_index(path, root, self.fingerprint)
+        index = opened.columns
         self.key_hash = index["key_hash"]
         self.bucket = index["bucket"]
         self.shard = index["shard"]
@@ -121,6 +123,8 @@ class Dataset:
         self.key_utf8 = index["key.utf8"]
         self.groups = Groups.parse(index, str(path / ROOT)) if "group" in index else None
         self._check_totals()
+        # The checks have read all of it, 110 bytes a sample; what is needed again comes from the page cache.
+        opened.mapping.madvise(mmap.MADV_DONTNEED)
         self._open_shards: dict[int, Shard] = {}
 
     @classmethod
@@ -280,7 +284,7 @@ def build_state(path: Path | str) -> BuildState | None:
     """
     path = Path(path)
     writer = lock_holder(path)
-    last = natural(read_root(path), "generation", str(path / ROOT)) if (path / ROOT).exists() else None
+    last = natural(read_root(path), "generation", str(path / ROOT)) if (path / ROOT).is_file() else None
     coming = (last or 0) + 1
     units = []
     if plan_path(path, coming).exists():
@@ -469,7 +473,7 @@ def _read_manifests(path: Path, root: dict[str, Any], fingerprint: str, buckets:
     return shards
 
 
-def _read_index(path: Path, root: dict[str, Any], fingerprint: str) -> dict[str, np.ndarray]:
+def _read_index(path: Path, root: dict[str, Any], fingerprint: str) -> Shard:
     records = [FileRecord.parse(one, f"{path / ROOT}: indexes") for one in member(root, "indexes", list, str(path))]
     if len(records) != 1:
         raise ValueError(f"{path / ROOT}: 'indexes': expected one file, got {len(records)}: use a newer fastlatent")
@@ -485,7 +489,7 @@ def _read_index(path: Path, root: dict[str, Any], fingerprint: str) -> dict[str,
         if found != expected:
             raise ValueError(f"{file}: {name!r}: expected {expected}, got {found}")
     check_keys(shard.columns, shard.dtypes, str(file))
-    return shard.columns
+    return shard
 
 
 def _read_quarantine(path: Path, root: dict[str, Any]) -> list[dict[str, Any]]:

@@ -468,8 +468,3 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         stat = path.stat()
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
     return None
-
-
-def _bare(unit: Unit) -> Unit:
-    """As a plan has it: without paths."""
-    return replace(unit, items=tuple(replace(item, path="") for item in unit.items))
