@@ -55,7 +55,12 @@ class EncodeConfig:
     out: str = required("dataset folder to write or to complete")
     size: int = option(256, "side of the square centre crop, in pixels", minimum=1)
     mirror: bool = option(False, "also store the latents of each image mirrored left to right")
-    dtype: str = option("float16", "how moments are stored", choices=("float16", "bfloat16", "float32"))
+    payload: str = option(
+        "moments", "moments: mean and log-variance; latents: the mean alone", choices=("moments", "latents")
+    )
+    dtype: str = option(
+        "float16", "how it is stored; int8 has a scale per channel", choices=("float16", "bfloat16", "float32", "int8")
+    )
     compute_dtype: str = option("float32", "dtype the autoencoder runs in", choices=("float32", "bfloat16", "float16"))
     batch_size: int = option(16, "images per forward pass; part of the fingerprint", minimum=1)
     unit_rows: int = option(4096, "images per shard at most (a shard also stays below 256 MiB)", minimum=1)

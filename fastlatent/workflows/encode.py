@@ -32,12 +32,16 @@ from fastlatent.pipeline.progress import Progress
 from fastlatent.sources.image_folder import Item, scan_image_folder
 from fastlatent.store.reader import PROVENANCE, Dataset, read_provenance
 from fastlatent.store.records import PlannedItem, Quarantined, Schema, Unit
-from fastlatent.store.rows import Rows
+from fastlatent.store.rows import Rows, quantize
 from fastlatent.store.scan import Entry
 from fastlatent.store.writer import DatasetWriter
 from fastlatent.workflows.runtime import DTYPES, available_cores, keep_config, refuse_output_in_source, set_up
 
 READERS = 4
+STORED = {
+    name: np.dtype(kind)
+    for name, kind in (("float16", np.float16), ("bfloat16", np.uint16), ("float32", np.float32), ("int8", np.int8))
+}
 MAX_UNIT_BYTES = 256 * 2**20  # a unit's rows are assembled in memory
 
 
@@ -83,15 +87,16 @@ def encode(config: EncodeConfig) -> EncodeReport:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     side = config.size // vae.downsample
-    bucket = (2 if config.mirror else 1, 2 * vae.latent_channels, side, side)
-    row_bytes = int(np.prod(bucket)) * (4 if config.dtype == "float32" else 2)
+    stored_channels = vae.latent_channels * (2 if config.payload == "moments" else 1)
+    bucket = (2 if config.mirror else 1, stored_channels, side, side)
+    row_bytes = int(np.prod(bucket)) * STORED[config.dtype].itemsize
     entries, unreadable = _entries(folder.items)
     with DatasetWriter.open(
         out,
         provenance(config, vae, device, threads),
         folder.classes,
         unit_rows=max(1, min(config.unit_rows, MAX_UNIT_BYTES // row_bytes)),
-        schema=Schema((bucket,)),
+        schema=Schema((bucket,), config.payload),
     ) as writer:
         keep_config(out / "encode.yaml", config)
         with Progress("scan", 0, "files") as scanned:
@@ -113,10 +118,10 @@ def encode(config: EncodeConfig) -> EncodeReport:
                 progress.advance(files)
 
             def decode(item: PlannedItem) -> Future[_Picture]:
-                return pool.submit(_decode, item, vae.pixel_channels, config.size)
+                return pool.submit(decode_picture, item, vae.pixel_channels, config.size)
 
             for unit, pictures in _decoded(writer, decode, on_others):
-                rows, bad = _encode_unit(unit, pictures, vae, config, bucket, progress, stop)
+                rows, bad = encode_unit(unit, pictures, vae, config, bucket, progress, stop)
                 writer.commit(unit, rows, bad)
                 encoded += len(rows.keys)
             progress.advance(progress.total - progress.done)  # by others, after this process last looked
@@ -145,6 +150,8 @@ def provenance(config: EncodeConfig, vae: Autoencoder, device: torch.device, thr
             "storage_dtype": config.dtype,
             # A convolution's last bits depend on batch size, threads and device.
             "engine": engine if device.type == "cuda" else {**engine, "threads": threads},
+            # Datasets of moments are older than the choice, and keep their fingerprint.
+            **({} if config.payload == "moments" else {"payload": config.payload}),
         },
         "informational": {
             "vae_path": str(Path(config.vae).resolve()),
@@ -205,7 +212,7 @@ def _decoded(
         yield unit, pictures(unit)
 
 
-def _decode(item: PlannedItem, channels: int, size: int) -> _Picture:
+def decode_picture(item: PlannedItem, channels: int, size: int) -> _Picture:
     try:
         data = Path(item.path).read_bytes()
     except OSError as error:
@@ -220,7 +227,7 @@ def _decode(item: PlannedItem, channels: int, size: int) -> _Picture:
     return _Picture(item, to_model_range(pixels), image.shape[:2], crop)
 
 
-def _encode_unit(
+def encode_unit(
     unit: Unit,
     pictures: Iterator[_Picture],
     vae: Autoencoder,
@@ -232,10 +239,9 @@ def _encode_unit(
     """The rows of one unit, in batches of one size: a batch's size changes its last bits, so the tail is padded."""
     good: list[_Picture] = []
     bad: list[Quarantined] = []
-    moments = np.empty(
-        (len(unit.items), *bucket),
-        dtype={"float16": np.float16, "float32": np.float32}.get(config.dtype, np.uint16),
-    )
+    payload = np.empty((len(unit.items), *bucket), STORED[config.dtype])
+    # A scale per channel: means and log-variances differ by more than 127 steps can tell apart.
+    scale = np.empty((len(unit.items), *bucket[:2]), np.float32) if config.dtype == "int8" else None
     batch = np.zeros((config.batch_size, vae.pixel_channels, config.size, config.size), dtype=np.float32)
     filled = 0
 
@@ -244,7 +250,11 @@ def _encode_unit(
         stop.check()
         batch[filled:] = 0
         begin = len(good) - filled
-        moments[begin : len(good)] = _stored(_moments(vae, batch, bucket[0]), config.dtype)[:filled]
+        moments = _moments(vae, batch, bucket[0])[:filled, :, : bucket[1]]
+        if scale is None:
+            payload[begin : len(good)] = _stored(moments, config.dtype)
+        else:
+            payload[begin : len(good)], scale[begin : len(good)] = quantize(moments.numpy(), 3)
         progress.advance(filled, f"{len(bad)} bad in this shard" if bad else "")
         filled = 0
 
@@ -264,9 +274,10 @@ def _encode_unit(
         run()
     rows = Rows(
         [picture.item.key for picture in good],
-        moments[: len(good)],
+        payload[: len(good)],
         np.array([picture.orig_hw for picture in good], dtype=np.int32).reshape(-1, 2),
         np.array([picture.crop for picture in good], dtype=np.int32).reshape(-1, 4),
+        None if scale is None else scale[: len(good)],
     )
     return rows, bad
 

@@ -19,9 +19,10 @@ from fastlatent.store.files import member
 from fastlatent.store.provenance import differences
 from fastlatent.store.reader import Dataset
 from fastlatent.store.records import PlannedItem, Unit, digest_strings
+from fastlatent.store.rows import Rows
 from fastlatent.store.statistics import to_float64
 from fastlatent.store.verify import Finding, hash_file
-from fastlatent.workflows.encode import READERS, _decode, _encode_unit, provenance
+from fastlatent.workflows.encode import READERS, decode_picture, encode_unit, provenance
 from fastlatent.workflows.runtime import DTYPES, available_cores, set_up
 
 
@@ -69,12 +70,12 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
                 continue
             unit = Unit.of(dataset.fingerprint, bucket.shape, tuple(items[i] for i in samples))
             with ThreadPoolExecutor(READERS, thread_name_prefix="decode") as pool:
-                decode = functools.partial(_decode, channels=vae.pixel_channels, size=settings.size)
+                decode = functools.partial(decode_picture, channels=vae.pixel_channels, size=settings.size)
                 pictures = pool.map(decode, unit.items)
-                rows, _ = _encode_unit(unit, pictures, vae, settings, bucket.shape, progress, stop)
-            made = dict(zip(rows.keys, rows.payload, strict=True))
+                rows, _ = encode_unit(unit, pictures, vae, settings, bucket.shape, progress, stop)
+            number_of = {key: k for k, key in enumerate(rows.keys)}
             for i in samples:
-                what = _compared(dataset, i, made.get(items[i].key), 0.0 if exact else config.tolerance)
+                what = _compared(dataset, i, rows, number_of.get(items[i].key), 0.0 if exact else config.tolerance)
                 if what:
                     findings.append(Finding(dataset.shards[dataset.shard[i]].path, dataset.key(i), what))
     how = "bit for bit" if exact else f"within {config.tolerance} (not the engine that wrote it)"
@@ -92,6 +93,7 @@ def _settings(dataset: Dataset, vae: str, source: str, device: str) -> EncodeCon
         out=str(dataset.path),
         size=member(member(hashed, "transform", dict, what), "size", int, what),
         mirror=bool(hashed.get("mirror")),
+        payload=hashed.get("payload", "moments"),
         dtype=member(hashed, "storage_dtype", str, what),
         compute_dtype=member(engine, "dtype", str, what),
         batch_size=member(engine, "batch_size", int, what),
@@ -100,15 +102,17 @@ def _settings(dataset: Dataset, vae: str, source: str, device: str) -> EncodeCon
     )
 
 
-def _compared(dataset: Dataset, i: int, made: np.ndarray | None, tolerance: float) -> str | None:
-    """What is wrong with sample i, or None."""
-    if made is None:
+def _compared(dataset: Dataset, i: int, rows: Rows, k: int | None, tolerance: float) -> str | None:
+    """What is wrong with sample i, which row k of `rows` is anew; or None."""
+    if k is None:
         return "its file cannot be decoded any more"
-    shard, dtype = dataset.open_shard(int(dataset.shard[i])), dataset.buckets[dataset.bucket[i]].dtype
-    stored = shard.columns[dataset.payload][int(dataset.row[i])]
-    if made.tobytes() == stored.tobytes():
+    columns, dtype = dataset.open_shard(int(dataset.shard[i])).columns, dataset.buckets[dataset.bucket[i]].dtype
+    scales = columns.get(f"{dataset.payload}.scale")
+    new = to_float64(rows.payload[k], dtype, None if rows.scale is None else rows.scale[k])
+    row = int(dataset.row[i])
+    old = to_float64(columns[dataset.payload][row], dtype, None if scales is None else scales[row])
+    if np.array_equal(new, old):
         return None
-    new, old = to_float64(made, dtype), to_float64(stored, dtype)
     error = float(np.linalg.norm(new - old) / max(1e-300, float(np.linalg.norm(old))))
     if error <= tolerance:
         return None
