@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     import os
 
     from fastlatent import ops
-    from fastlatent.data.latents import LatentDataset, LatentLoader
+    from fastlatent.data.latents import LatentDataset
+    from fastlatent.data.loader import LatentLoader
     from fastlatent.diffusion.solvers import SolverTable
     from fastlatent.heads.diffusion_head import DiffusionHead
     from fastlatent.workflows.encode import EncodeReport
@@ -22,7 +23,7 @@ __all__ = ["DiffusionHead", "LatentDataset", "LatentLoader", "NextTokenPipeline"
 _HOME = {
     "DiffusionHead": "fastlatent.heads.diffusion_head",
     "LatentDataset": "fastlatent.data.latents",
-    "LatentLoader": "fastlatent.data.latents",
+    "LatentLoader": "fastlatent.data.loader",
     "NextTokenPipeline": "fastlatent.workflows.next_token_pipeline",
     "SolverTable": "fastlatent.diffusion.solvers",
 }

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastlatent.data.latents import LatentDataset, LatentLoader
+from fastlatent.data.latents import LatentDataset
+from fastlatent.data.loader import LatentLoader
 from fastlatent.ops import ShardTable, gather_rows
 from fastlatent.store.reader import Dataset
 from fastlatent.store.shard import Shard

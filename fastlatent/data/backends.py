@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from fastlatent.ops import ShardTable, gather_rows
@@ -65,6 +64,7 @@ class RowReader:
         numbers: which shards; all by default. `read` counts among these.
 
     Attributes:
+        numbers: int64, which shards.
         row_shape, dtype: of a row.
 
     Raises:
@@ -73,7 +73,8 @@ class RowReader:
 
     def __init__(self, store: Dataset, choice: Choice, numbers: Sequence[int] | None = None) -> None:
         self.store, self.choice = store, choice
-        self.shards = [store.open_shard(i) for i in (range(len(store.shards)) if numbers is None else numbers)]
+        self.numbers = np.arange(len(store.shards)) if numbers is None else np.asarray(numbers)
+        self.shards = [store.open_shard(i) for i in self.numbers.tolist()]
         tensors = [_payload(store, shard) for shard in self.shards]
         self._mapped = ShardTable(tensors)
         self.row_shape, self.dtype = self._mapped.row_shape, self._mapped.dtype
@@ -107,26 +108,6 @@ class RowReader:
             raise unreadable(self.shards[int(shard[position])].path, int(row[position]), code)
         gather_rows(self._mapped, shard, row, out, threads)
 
-    def check(self, samples: np.ndarray, shard: Tensor, row: Tensor, batch: Tensor) -> None:
-        """Hold every row of a batch against the xxh3_64 that its shard has of it: 0.6 us for 32 KiB.
-
-        Args:
-            samples: int64 [N], the rows' numbers in the index, for the message.
-
-        Raises:
-            ValueError: a row is damaged.
-        """
-        rows = batch.reshape(len(batch), -1).view(torch.uint8).numpy()
-        for i, (s, r) in enumerate(zip(shard.tolist(), row.tolist(), strict=True)):
-            expected = int(self.shards[s].columns["row_xxh3"][r])
-            found = xxhash.xxh3_64_intdigest(rows[i])
-            if found != expected:
-                raise ValueError(
-                    f"{self.shards[s].path}: row {r} ({self.store.key(int(samples[i]))!r}): expected xxh3_64 "
-                    f"{expected:016x}, got {found:016x}: the shard is damaged; `fastlatent repair {self.store.path}` "
-                    "drops it, the same `encode` makes it again"
-                )
-
 
 def choose_backend(store: Dataset, force: str | None = None) -> Choice:
     """How this process should read this dataset now. Takes at most about 0.2 s.
@@ -150,8 +131,9 @@ def choose_backend(store: Dataset, force: str | None = None) -> Choice:
     if kind in NETWORK or kind.startswith("fuse"):
         return Choice("pread", f"the dataset is on {kind}, where mapped files fault one page at a time")
     generator = np.random.default_rng()  # not seeded: a second probe must not find the first one's rows in memory
-    count = min(PROBE_SHARDS, len(store.shards))
-    numbers = generator.choice(len(store.shards), count, replace=False).tolist()
+    largest = max(range(len(store.buckets)), key=lambda i: store.buckets[i].rows)
+    numbers = [i for i, record in enumerate(store.shards) if record.bucket == largest]
+    numbers = generator.choice(numbers, min(PROBE_SHARDS, len(numbers)), replace=False).tolist()
     share = _resident(store, numbers, generator)
     if share is not None and share >= RESIDENT:
         return Choice("ram", f"{share:.0%} of what was probed is in memory")

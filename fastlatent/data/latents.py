@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlatent.data.backends import RowReader, choose_backend
-from fastlatent.data.loader import LatentLoader as LatentLoader  # imported from here before it had its own file
+from fastlatent.data.backends import Choice, RowReader, choose_backend
+from fastlatent.data.columns import check_row_digests, gather_column, gather_ragged, torch_dtype
 from fastlatent.ops import sample_posterior
 from fastlatent.store.reader import Dataset
 
@@ -20,8 +21,11 @@ from fastlatent.store.reader import Dataset
 class LatentDataset(torch.utils.data.Dataset):
     """Map-style view of a dataset written by `fastlatent encode`.
 
-    A sample is a dict of `moments` [F, 2C, H, W] (raw mean‖logvar as stored; F = 2 where mirrored images were
-    encoded too), `label` (int64, −1 where there are no classes) and `key_hash` (int64, the hash of the sample's key).
+    A sample is a dict of the payload: `moments` [F, 2C, H, W] (raw mean‖logvar as stored; F = 2 where mirrored images
+    were encoded too), `latents` [F, C, H, W] or `tokens` [1, N, D]; `scale` float32 where that is int8 (value = int8 ·
+    scale over its first axes); `label` (int64, −1 where there are no classes); `key_hash` (int64, the hash of the
+    sample's key); and the dataset's further tensors by their names. Where lengths differ from row to row, a batch of
+    `gather` has the rows one after another, and NAME.offsets int64 [B+1]: row i is [offsets[i] : offsets[i+1]].
 
     Args:
         path: dataset folder.
@@ -30,24 +34,35 @@ class LatentDataset(torch.utils.data.Dataset):
             default a probe of at most 0.2 s chooses before the first row is read.
 
     Raises:
-        ValueError: the dataset is not there, damaged, of a newer format, or holds several latent shapes.
+        ValueError: the dataset is not there, damaged or of a newer format, or has no such column.
     """
 
     def __init__(self, path: str | Path, *, columns: Sequence[str] | None = None, backend: str | None = None) -> None:
-        self.store = Dataset.open(path)
-        known = (self.store.payload, "label", "key_hash")
+        self.store = store = Dataset.open(path)
+        scale = ("scale",) if store.buckets[0].dtype == "I8" else ()
+        known = (store.payload, *scale, "label", "key_hash", *(one.name for one in store.extras))
         self.columns = known if columns is None else tuple(columns)
         unknown = set(self.columns) - set(known)
         if unknown:
             raise ValueError(f"LatentDataset: unknown columns {sorted(unknown)}; known: {', '.join(known)}")
-        if len(self.store.buckets) != 1:
-            shapes = [list(bucket.shape) for bucket in self.store.buckets]
-            raise ValueError(f"LatentDataset: expected latents of one shape, {path} holds {shapes}")
         self.backend = backend
-        self._reader: RowReader | None = None
+        self._readers: dict[int, RowReader] = {}
+        self._choice: Choice | None = None
 
     def __len__(self) -> int:
         return len(self.store)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of the payload, as stored.
+
+        Raises:
+            ValueError: rows have several shapes.
+        """
+        shapes = {bucket.shape for bucket in self.store.buckets if bucket.rows}
+        if len(shapes) > 1:
+            raise ValueError(f"expected latents of one shape, {self.store.path} holds {sorted(shapes)}")
+        return shapes.pop()
 
     @property
     def autoencoder(self) -> dict[str, Any]:
@@ -56,15 +71,40 @@ class LatentDataset(torch.utils.data.Dataset):
         return {**provenance["hashed"]["vae"], "path": provenance["informational"]["vae_path"]}
 
     @property
-    def reader(self) -> RowReader:
-        """What reads the rows in this process; the first access opens every shard and chooses the back end.
+    def choice(self) -> Choice:
+        """The back end that reads rows in this process, and why; the first access chooses it.
 
         Raises:
             ValueError: a shard is missing or damaged, or the back end that was asked for cannot be used.
         """
-        if self._reader is None:
-            self._reader = RowReader(self.store, choose_backend(self.store, self.backend))
-        return self._reader
+        if self._choice is None:
+            if self.store.buckets[0].ragged:
+                if self.backend not in (None, "ram"):
+                    raise ValueError(f"backend: expected ram for rows that differ in length, got {self.backend!r}")
+                self._choice = Choice("ram", "rows that differ in length are copied from the mapping")
+            else:
+                self._choice = choose_backend(self.store, self.backend)
+        return self._choice
+
+    def open(self) -> None:
+        """Open every shard and choose the back end now, not with the first row."""
+        for number, bucket in enumerate(self.store.buckets):
+            if bucket.rows and not bucket.ragged:
+                self.reader(number)
+        _ = self.choice
+
+    def reader(self, bucket: int) -> RowReader:
+        """What reads the rows of a bucket."""
+        if bucket not in self._readers:
+            numbers = [i for i, record in enumerate(self.store.shards) if record.bucket == bucket]
+            self._readers[bucket] = RowReader(self.store, self.choice, numbers)
+        return self._readers[bucket]
+
+    def with_backend(self, backend: str) -> LatentDataset:
+        """The same open files, read in another way."""
+        other = copy.copy(self)
+        other.backend, other._readers, other._choice = backend, {}, None
+        return other
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
@@ -72,21 +112,53 @@ class LatentDataset(torch.utils.data.Dataset):
         return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        batch = self.gather(np.asarray(indices, dtype=np.int64))
-        return [{name: values[i] for name, values in batch.items()} for i in range(len(indices))]
+        wanted = np.asarray(indices, dtype=np.int64)
+        samples: list[dict[str, Any]] = [{} for _ in indices]
+        buckets = self.store.bucket[wanted]
+        for bucket in np.unique(buckets).tolist():
+            places = np.flatnonzero(buckets == bucket)
+            batch = self.gather(wanted[places])
+            for i, place in enumerate(places.tolist()):
+                for name, values in batch.items():
+                    offsets = batch.get(f"{name}.offsets")
+                    if not name.endswith(".offsets"):
+                        samples[place][name] = values[i] if offsets is None else values[offsets[i] : offsets[i + 1]]
+        return samples
+
+    def group(self, number: int) -> dict[str, Any]:
+        """All samples of a group in their order, as `gather` gives them, and `order` (int64): one contiguous read.
+
+        Raises:
+            ValueError: the dataset has no groups, or not so many.
+        """
+        if self.store.groups is None:
+            raise ValueError(f"{self.store.path}: expected a dataset with groups, got one without")
+        samples = self.store.groups.samples(number)
+        indices = np.arange(samples.start, samples.stop)
+        return {**self.gather(indices), "order": torch.from_numpy(self.store.groups.order[samples].copy())}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Mappings do not travel to spawned workers; every process opens its own.
         return functools.partial(type(self), columns=self.columns, backend=self.backend), (self.store.path,)
 
-    def empty(self, count: int, *, pin_memory: bool = False) -> dict[str, Tensor]:
-        """Uninitialised CPU tensors for `count` samples, as `gather` fills them."""
+    def empty(self, count: int, bucket: int = 0, *, pin_memory: bool = False) -> dict[str, Tensor]:
+        """Uninitialised CPU tensors for `count` samples of a bucket, as `gather` fills them; without ragged columns."""
+        store = self.store
+        shape, dtype = store.buckets[bucket].shape, store.buckets[bucket].dtype
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: ((), torch.int64) for name in self.columns}
-        if self.store.payload in self.columns:
-            layout[self.store.payload] = (tuple(self.reader.row_shape), self.reader.dtype)
+        for one in store.extras:
+            if one.name in layout:
+                layout[one.name] = one.shape, torch_dtype(one.dtype)
+        if store.payload in layout:
+            layout[store.payload] = shape, torch_dtype(dtype)
+        if "scale" in layout:
+            first = next(i for i, record in enumerate(store.shards) if record.bucket == bucket)
+            layout["scale"] = store.open_shard(first).columns[f"{store.payload}.scale"].shape[1:], torch.float32
+        ragged = self._ragged()
         return {
             name: torch.empty((count, *shape), dtype=dtype, pin_memory=pin_memory)
             for name, (shape, dtype) in layout.items()
+            if name not in ragged
         }
 
     def gather(
@@ -97,7 +169,7 @@ class LatentDataset(torch.utils.data.Dataset):
         threads: int = 1,
         check_rows: bool = False,
     ) -> dict[str, Tensor]:
-        """The samples `indices` (int64 [B]) as one batch of CPU tensors.
+        """The samples `indices` (int64 [B], of one bucket) as one batch of CPU tensors.
 
         Args:
             out: of `empty`, to be filled and returned; new tensors by default.
@@ -105,31 +177,71 @@ class LatentDataset(torch.utils.data.Dataset):
             check_rows: hold every row against the checksum that its shard has of it.
 
         Raises:
-            ValueError: a row cannot be read, or is damaged and `check_rows` is set.
+            ValueError: the samples are of several buckets, a row cannot be read, or one is damaged and `check_rows`
+                is set.
         """
-        batch = self.empty(len(indices)) if out is None else out
-        for name, values in batch.items():
-            if name == self.store.payload:
-                shard = torch.from_numpy(self.store.shard[indices].astype(np.int64))
-                row = torch.from_numpy(self.store.row[indices].astype(np.int64))
-                self.reader.read(shard, row, values, threads=threads)
-                if check_rows:
-                    self.reader.check(indices, shard, row, values)
+        store, buckets = self.store, self.store.bucket[indices]
+        bucket = int(buckets[0]) if len(buckets) else 0
+        if (buckets != bucket).any():
+            raise ValueError(f"gather: expected samples of one bucket, got some of {np.unique(buckets).tolist()}")
+        batch = self.empty(len(indices), bucket) if out is None else out
+        for name in self.columns:
+            if name == "label":
+                batch[name].numpy()[:] = store.label[indices]
+            elif name == "key_hash":
+                batch[name].numpy()[:] = store.key_hash.view(np.int64)[indices]
+            elif name in self._ragged():
+                stored = f"{store.payload}.scale" if name == "scale" else name
+                of = store.payload if name == "scale" else name
+                values, offsets = gather_ragged(store, stored, indices, of)
+                batch |= {name: values, f"{of}.offsets": offsets}
+            elif name == store.payload:
+                reader = self.reader(bucket)
+                shard = torch.from_numpy(np.searchsorted(reader.numbers, store.shard[indices]))
+                row = torch.from_numpy(store.row[indices].astype(np.int64))
+                reader.read(shard, row, batch[name], threads=threads)
             else:
-                column = self.store.label if name == "label" else self.store.key_hash.view(np.int64)
-                values.numpy()[:] = column[indices]
+                gather_column(store, f"{store.payload}.scale" if name == "scale" else name, indices, batch[name])
+        if check_rows and store.payload in batch:
+            check_row_digests(store, indices, batch)
         return batch
 
+    def _ragged(self) -> set[str]:
+        ragged = {one.name for one in self.store.extras if one.ragged}
+        return ragged | ({self.store.payload, "scale"} if self.store.buckets[0].ragged else set())
 
-def draw_latents(moments: Tensor, key_hash: Tensor, *, seed: int, epoch: int) -> Tensor:
+
+def draw_latents(
+    stored: Tensor,
+    key_hash: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    scale: Tensor | None = None,
+    has_logvar: bool = True,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
     """One posterior sample of each row, of the mirrored image in half of the cases where it is stored.
 
     Args:
-        moments: [B, F, 2C, H, W], mean‖logvar.
+        stored: moments [B, F, 2C, *S], mean‖logvar; or latents [B, F, C, *S], which are only chosen among.
         key_hash: int64 [B]. Choice and noise are functions of (seed, epoch, key hash) alone.
         seed, epoch: as for `fastlatent.ops.sample_posterior`, which says how.
+        scale: of int8 rows.
+        has_logvar: moments, not latents.
+        mean, std: float32 [C]: the result is normalised to (x − mean)/std.
 
     Returns:
-        float32 [B, C, H, W] on the moments' device.
+        float32 [B, C, *S] on the rows' device.
     """
-    return sample_posterior(moments, key_hash.to(moments.device), seed=seed, epoch=epoch)
+    return sample_posterior(
+        stored,
+        key_hash.to(stored.device),
+        seed=seed,
+        epoch=epoch,
+        mean=mean,
+        std=std,
+        scale=scale,
+        has_logvar=has_logvar,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
@@ -11,11 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastlatent.data.backends import Choice
-from fastlatent.data.order import BatchOrder
+from fastlatent.data.order import BatchOrder, BucketOrder
 
 if TYPE_CHECKING:
     from fastlatent.data.latents import LatentDataset
@@ -66,13 +66,12 @@ class LatentLoader:
         if prefetch < 0:
             raise ValueError(f"LatentLoader: expected prefetch >= 0, got {prefetch}")
         if backend is not None and backend != dataset.backend:
-            dataset = copy.copy(dataset)  # the same open files, read in another way
-            dataset.backend, dataset._reader = backend, None
+            dataset = dataset.with_backend(backend)
         self.dataset = dataset
         self.device = torch.device(device or "cpu")
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())  # the thread's may be another
-        self.order = BatchOrder(len(dataset), batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.order = batch_order(dataset, batch_size, seed=seed, rank=rank, world_size=world_size)
         self.prefetch, self.check_rows = prefetch, check_rows
         self.step = 0
         self.choice: Choice | None = None
@@ -101,7 +100,7 @@ class LatentLoader:
             self.close()
             self._filler = _Filler(self.dataset, self.order, self.device, self.prefetch + 1, self.check_rows)
             if self.dataset.store.payload in self.dataset.columns:
-                self.choice = self.dataset.reader.choice
+                self.choice = self.dataset.choice
                 _log.info("%s: rows are read by %s: %s", self.dataset.store.path, self.choice.name, self.choice.why)
         if not self.prefetch:
             return self._filler.hand_out(self._filler.fill(step))
@@ -192,18 +191,21 @@ class _Filler:
     """Makes the batch of a step. `fill` may run in a thread; `hand_out` runs in the consumer's. Of one process."""
 
     def __init__(
-        self, dataset: LatentDataset, order: BatchOrder, device: torch.device, slots: int, check_rows: bool
+        self,
+        dataset: LatentDataset,
+        order: BatchOrder | BucketOrder,
+        device: torch.device,
+        slots: int,
+        check_rows: bool,
     ) -> None:
         self.pid = os.getpid()
         self._dataset, self._order, self._device, self._check_rows = dataset, order, device, check_rows
         self._busy = threading.Lock()  # a thread that was told to stop may still be at its last batch
         if dataset.store.payload in dataset.columns:
-            _ = dataset.reader  # opened here: what a thread was opening during a fork would be half open in the child
-        self._slots: list[dict[str, Tensor]] = []
+            dataset.open()  # here: what a thread was opening during a fork would be half open in the child
+        self._slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(slots)]  # by bucket
         self._copied: list[torch.cuda.Event | None] = [None] * slots
         if device.type == "cuda":
-            count = len(order.indices(0)[1])
-            self._slots = [dataset.empty(count, pin_memory=True) for _ in range(slots)]
             self._stream = torch.cuda.Stream(device)
 
     def fill(self, step: int) -> tuple[dict[str, Any], torch.cuda.Event | None]:
@@ -215,7 +217,10 @@ class _Filler:
             slot = step % len(self._slots)
             if (before := self._copied[slot]) is not None:
                 before.synchronize()  # the buffer is free once its last batch has left it
-            batch = self._dataset.gather(indices, out=self._slots[slot], check_rows=self._check_rows)
+            buffers, bucket = self._slots[slot], int(self._dataset.store.bucket[indices[0]])
+            if bucket not in buffers:
+                buffers[bucket] = self._dataset.empty(len(indices), bucket, pin_memory=True)
+            batch = self._dataset.gather(indices, out=dict(buffers[bucket]), check_rows=self._check_rows)
             with torch.cuda.stream(self._stream):
                 moved = {name: value.to(self._device, non_blocking=True) for name, value in batch.items()}
                 copied = torch.cuda.Event()
@@ -232,6 +237,18 @@ class _Filler:
                 if isinstance(value, Tensor):
                     value.record_stream(stream)  # allocated on the copying stream, used on this one
         return batch
+
+
+def batch_order(
+    dataset: LatentDataset, batch_size: int, *, seed: int, rank: int, world_size: int
+) -> BatchOrder | BucketOrder:
+    """Over all samples; where rows have several shapes, every batch of one of them."""
+    buckets = dataset.store.bucket
+    used = np.unique(buckets).tolist()
+    if len(used) == 1:
+        return BatchOrder(len(dataset), batch_size, seed=seed, rank=rank, world_size=world_size)
+    samples = [np.flatnonzero(buckets == bucket) for bucket in used]
+    return BucketOrder(samples, batch_size, seed=seed, rank=rank, world_size=world_size)
 
 
 def _nothing() -> None:

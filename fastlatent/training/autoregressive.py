@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlatent.data.latents import LatentLoader, draw_latents
+from fastlatent.data.latents import draw_latents
+from fastlatent.data.loader import LatentLoader
 from fastlatent.diffusion.schedules import alphas_cumprod
 from fastlatent.diffusion.targets import add_noise, target
 from fastlatent.models.checkpoint import CheckpointConfig, save_checkpoint
@@ -82,12 +83,22 @@ class NextTokenObjective:
     ) -> None:
         self.loader, self.module, self.config, self.seed = loader, loss, config, seed
         mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
-        self._mean, self._scale = mean.float().to(device), (1 / std.double()).float().to(device)
+        channels = (config.in_channels,)  # a number stands for all channels
+        self._mean, self._std = (v.float().expand(channels).contiguous().to(device) for v in (mean, std))
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         batch = self.loader.batch(step)
-        raw = draw_latents(batch["moments"], batch["key_hash"], seed=self.seed, epoch=batch["epoch"])
-        return (raw.flatten(2).transpose(1, 2) - self._mean) * self._scale, batch["label"]
+        latents = draw_latents(
+            batch["moments" if "moments" in batch else "latents"],
+            batch["key_hash"],
+            seed=self.seed,
+            epoch=batch["epoch"],
+            scale=batch.get("scale"),
+            has_logvar="moments" in batch,
+            mean=self._mean,
+            std=self._std,
+        )
+        return latents.flatten(2).transpose(1, 2), batch["label"]
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_checkpoint(folder, self.config, {name.removeprefix("model."): t for name, t in weights.items()})

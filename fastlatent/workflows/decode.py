@@ -42,7 +42,9 @@ def decode(config: DecodeConfig) -> None:
         dataset = LatentDataset(path)
         made_by = dataset.autoencoder
         names = [dataset.store.key(i) for i in range(min(len(dataset), config.limit or len(dataset)))]
-        channels = dataset.store.buckets[0].shape[1] // 2
+        if dataset.store.payload == "tokens" or len(dataset.row_shape) != 4:
+            raise ValueError(f"{path}: expected latents of images, got {dataset.store.payload} {dataset.row_shape}")
+        channels = dataset.store.buckets[0].channels
         read: Callable[[int, int], Tensor] = functools.partial(dataset_means, dataset)
     else:
         file = read_latent_file(path)
@@ -60,8 +62,12 @@ def decode(config: DecodeConfig) -> None:
 
 def dataset_means(dataset: LatentDataset, begin: int, end: int) -> Tensor:
     """Posterior means float32 [end − begin, C, h, w] of a dataset's rows, not mirrored."""
-    moments = dataset.gather(np.arange(begin, end))["moments"]
-    return moments[:, 0].float().chunk(2, dim=1)[0]
+    batch = dataset.gather(np.arange(begin, end))
+    values = batch[dataset.store.payload][:, 0].float()
+    if "scale" in batch:
+        scale = batch["scale"][:, 0]
+        values *= scale.reshape(*scale.shape, *[1] * (values.ndim - scale.ndim))
+    return values[:, : dataset.store.buckets[0].channels]
 
 
 def rows_of(latents: Tensor, begin: int, end: int) -> Tensor:

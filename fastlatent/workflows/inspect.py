@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from fastlatent.config import InspectConfig
@@ -162,8 +161,12 @@ def _sheet(config: InspectConfig, path: Path) -> None:
         dataset = LatentDataset(path)
         latents = dataset_means(dataset, 0, min(config.rows, len(dataset)))
     elif "fls.format" in (shard := Shard.open(path)).metadata:
-        means = np.split(shard.columns["moments"][: config.rows, 0], 2, axis=1)[0]
-        latents = torch.from_numpy(to_float64(means, shard.dtypes["moments"])).float()
+        name = json.loads(shard.metadata["fls.fields"])[0]
+        scale = shard.columns.get(f"{name}.scale")
+        rows = slice(0, config.rows)
+        values = to_float64(shard.columns[name][rows], shard.dtypes[name], None if scale is None else scale[rows])
+        means = values[:, 0, : values.shape[2] // (2 if name == "moments" else 1)]
+        latents = torch.from_numpy(means).float()
     else:
         latents = read_latent_file(path).raw()[: config.rows]
     vae = load_matching_autoencoder(

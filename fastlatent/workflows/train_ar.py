@@ -5,7 +5,8 @@ from __future__ import annotations
 import xxhash
 
 from fastlatent.config import TrainArConfig
-from fastlatent.data.latents import LatentDataset, LatentLoader
+from fastlatent.data.latents import LatentDataset
+from fastlatent.data.loader import LatentLoader
 from fastlatent.models.checkpoint import CheckpointConfig
 from fastlatent.models.transformer import Transformer, published_size
 from fastlatent.training.autoregressive import NextTokenLoss, NextTokenObjective
@@ -20,17 +21,19 @@ def train_ar(config: TrainArConfig) -> None:
         given["num_kv_heads"] = given["num_heads"]
     dataset = LatentDataset(config.latents)
     store = dataset.store
-    _, channels, height, width = store.buckets[0].shape
-    if height != width:
-        raise ValueError(f"{config.latents}: expected square latents, got {height}×{width}")
+    _, _, *sides = dataset.row_shape
+    if store.payload == "tokens" or len(sides) != 2 or sides[0] != sides[1]:
+        raise ValueError(
+            f"{config.latents}: expected square latents of images, got {store.payload} {dataset.row_shape}"
+        )
     if (store.label < 0).any() or not store.classes:
         raise ValueError(
             f"{config.latents}: train ar needs a label for every row; encode a folder with one sub-folder per class"
         )
     checkpoint = CheckpointConfig(
         **{**sizes, **given},
-        in_channels=channels // 2,
-        input_size=height,
+        in_channels=store.buckets[0].channels,
+        input_size=sides[0],
         num_classes=len(store.classes),
         prediction_type=config.prediction_type,
         beta_schedule=config.beta_schedule,

@@ -26,7 +26,7 @@ def test_every_backend_gives_the_stored_rows(make, make_row, tmp_path, backend, 
     dataset = LatentDataset(make(tmp_path, 13, flips=2, dtype=dtype), backend=usable(backend))
     indices = np.array([12, 0, 4, 5, 5, 3])
     batch = dataset.gather(indices, check_rows=True)
-    assert dataset.reader.choice == Choice(backend, "it was asked for")
+    assert dataset.choice == Choice(backend, "it was asked for")
     for i, values in zip(indices, batch["moments"], strict=True):
         assert torch.equal(values, make_row(int(i), (2, 4, 3, 3), dtype))
 

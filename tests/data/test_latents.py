@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastlatent.data.latents import LatentDataset, LatentLoader, draw_latents
+from fastlatent.data.latents import LatentDataset, draw_latents
+from fastlatent.data.loader import LatentLoader
 from fastlatent.ops import sample_posterior
 
 
@@ -38,7 +39,7 @@ def test_index_out_of_range(path, index):
 def test_only_some_columns(path):
     dataset = LatentDataset(path, columns=("label",))
     assert list(dataset[3]) == ["label"]
-    assert dataset._reader is None  # no shard was opened
+    assert not dataset._readers  # no shard was opened
     with pytest.raises(ValueError, match=r"unknown columns \['pixels'\]; known: moments, label, key_hash"):
         LatentDataset(path, columns=("label", "pixels"))
 

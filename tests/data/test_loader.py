@@ -308,7 +308,7 @@ def test_backend_is_reported_and_can_be_chosen(path, caplog):
     assert [record.getMessage() for record in caplog.records if "rows are read by ram" in record.getMessage()]
     other = LatentLoader(dataset, 8, backend="pread")
     same(other.batch(0), loader.batch(0))
-    assert (other.choice.name, dataset.reader.choice.name) == ("pread", "ram")
+    assert (other.choice.name, dataset.choice.name) == ("pread", "ram")
     with pytest.raises(ValueError, match="backend: expected one of ram, willneed, pread, io_uring, got 'disk'"):
         LatentLoader(dataset, 8, backend="disk").batch(0)
     with pytest.raises(ValueError, match="expected prefetch >= 0, got -1"):

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from fastlatent.data.images import ImageLoader
-from fastlatent.data.latents import LatentDataset, LatentLoader
+from fastlatent.data.latents import LatentDataset
+from fastlatent.data.loader import LatentLoader
 from fastlatent.models.checkpoint import CheckpointConfig
 from fastlatent.models.transformer import Transformer
 from fastlatent.sources.image_folder import scan_image_folder

@@ -143,8 +143,7 @@ def test_every_value_in_every_place(any_target, kind):
     text = original[8 : 8 + length] if kind in BINARY else original.split(b"\n")[0] if kind == "journal" else original
     for at in range(len(list(hostile.places_of(json.loads(text))))):
         for value in hostile.VALUES:
-            for seal in (False, True):
-                any_target.attempt(kind, replaced(any_target, kind, at, value), seal=seal)
+            any_target.attempt(kind, replaced(any_target, kind, at, value), seal=True)
 
 
 @pytest.mark.parametrize("kind", ["root", "provenance", "journal"])

@@ -1,0 +1,71 @@
+"""Further tensors and ragged rows of a batch, copied from the mapped shards: small beside the payload's rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from fastlatent.store.reader import Dataset
+from fastlatent.store.shard import DTYPES
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Of a column as the format names it; BF16 is torch.bfloat16."""
+    return torch.bfloat16 if name == "BF16" else torch.from_numpy(np.empty(0, DTYPES[name])).dtype
+
+
+def gather_column(store: Dataset, name: str, indices: np.ndarray, out: Tensor) -> None:
+    """out[i] = `name` of sample indices[i]."""
+    shards, rows = store.shard[indices], store.row[indices]
+    filled = _bits(out)
+    for shard in np.unique(shards).tolist():
+        here = shards == shard
+        filled[here] = store.open_shard(shard).columns[name][rows[here]]
+
+
+def gather_ragged(store: Dataset, name: str, indices: np.ndarray, of: str) -> tuple[Tensor, Tensor]:
+    """`name` of these samples one after another, [total, ...], and int64 [B+1] where each begins (`of` tells)."""
+    parts = []
+    for shard, row in zip(store.shard[indices].tolist(), store.row[indices].tolist(), strict=True):
+        columns = store.open_shard(shard).columns
+        begin, end = columns[f"{of}.offsets"][row : row + 2].tolist()
+        parts.append(columns[name][begin:end])
+    offsets = np.zeros(len(parts) + 1, np.int64)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    dtype = store.open_shard(int(store.shard[indices[0]])).dtypes[name]
+    values = torch.from_numpy(np.concatenate(parts))
+    return values.view(torch.bfloat16) if dtype == "BF16" else values, torch.from_numpy(offsets)
+
+
+def check_row_digests(store: Dataset, indices: np.ndarray, batch: dict[str, Tensor]) -> None:
+    """Hold every row of a batch against the xxh3_64 that its shard has of it: 0.6 us for 32 KiB.
+
+    Raises:
+        ValueError: a row is damaged.
+    """
+    payload, scale, offsets = batch[store.payload], batch.get("scale"), batch.get(f"{store.payload}.offsets")
+    if scale is None and store.buckets[0].dtype == "I8":
+        raise ValueError("check_rows: expected `scale` among the columns, since an int8 row's checksum covers it")
+
+    def row(values: Tensor, i: int) -> memoryview:
+        part = values[i] if offsets is None else values[int(offsets[i]) : int(offsets[i + 1])]
+        return part.reshape(-1).view(torch.uint8).numpy().data
+
+    for i, sample in enumerate(indices.tolist()):
+        number, at = int(store.shard[sample]), int(store.row[sample])
+        shard = store.open_shard(number)
+        digest = xxhash.xxh3_64(row(payload, i))
+        if scale is not None:
+            digest.update(row(scale, i))
+        expected, found = int(shard.columns["row_xxh3"][at]), digest.intdigest()
+        if found != expected:
+            raise ValueError(
+                f"{shard.path}: row {at} ({store.key(sample)!r}): expected xxh3_64 {expected:016x}, got {found:016x}: "
+                f"the shard is damaged; `fastlatent repair {store.path}` drops it, the same `encode` makes it again"
+            )
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
