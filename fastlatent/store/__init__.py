@@ -81,7 +81,8 @@ for itself holds it exclusively.
        or journal has. Made by link, also without units; a writer with the same scan joins it. Another one replaces
        it while nobody works on it; a unit that is not done then stays if every file of the open units is unchanged.
     3. For each unit, by any writer and in any order: its shard, then one fsynced line in this writer's journal for G:
-       {generation, unit, dtype, shard (as in the manifest, or null), quarantined}. A last line that is torn counts for
+       {generation, unit, dtype, shard (as in the manifest, or null), quarantined, xxh3_128 (of canonical JSON of the
+       others)}. A last line that is torn counts for
        nothing; a unit counts while its shard is there in full size. Of two lines for one unit the smaller shard
        digest wins.
     4. When all units have their line, whoever sees it first: quarantine, manifest, index, statistics of G; a file equal

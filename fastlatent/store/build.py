@@ -10,14 +10,18 @@ import socket
 import time
 import uuid
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from fastlatent.store.files import (
     canonical_json,
     fsync_directory,
+    hexadecimal,
+    inside,
     make_directory,
     member,
     natural,
@@ -145,7 +149,7 @@ def _holder(root: Path) -> str:
     try:
         value = json.loads((root / LOCK).read_bytes())
         return f"pid {value['pid']} on {value['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return _named(writers(root)) or "another process"  # which is about to write its name
 
 
@@ -242,8 +246,15 @@ class Committed:
     quarantined: tuple[Quarantined, ...]
 
     @classmethod
-    def parse(cls, value: object, what: str) -> Committed:
+    def parse(cls, value: Any, what: str) -> Committed:
         shard = member(value, "shard", (dict, type(None)), what)
+        stated = hexadecimal(value, "xxh3_128", 32, what)
+        try:
+            found = cls._digest(value)
+        except ValueError as error:  # nested so deeply that it can be read, and not written
+            raise ValueError(f"{what}: {error}") from None
+        if stated != found:
+            raise ValueError(f"{what}: expected contents with xxh3_128 {stated}, got {found}: the line is damaged")
         dtype = member(value, "dtype", str, what)
         if dtype not in PAYLOAD_DTYPES:
             raise ValueError(f"{what}: 'dtype': expected one of {sorted(PAYLOAD_DTYPES)}, got {dtype!r:.100}")
@@ -256,13 +267,20 @@ class Committed:
         )
 
     def to_dict(self) -> dict[str, object]:
-        return {
+        value = {
             "generation": self.generation,
             "unit": self.unit,
             "dtype": self.dtype,
             "shard": self.shard and self.shard.to_dict(),
             "quarantined": [one.to_dict() for one in self.quarantined],
         }
+        return value | {"xxh3_128": self._digest(value)}
+
+    @staticmethod
+    def _digest(value: Mapping[str, object]) -> str:
+        """Of canonical JSON of all other members."""
+        others = {name: member for name, member in value.items() if name != "xxh3_128"}
+        return xxhash.xxh3_128_hexdigest(canonical_json(others))
 
 
 class Journal:
@@ -327,7 +345,10 @@ class Journals:
             for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
                 what = f"{path}: line {before + number} (delete the file to have its units encoded again)"
                 try:
-                    self._add(Committed.parse(parse_json(line, what), what))
+                    committed = Committed.parse(parse_json(line, what), what)
+                    if committed.shard:
+                        inside(self._root, committed.shard.path, what)
+                    self._add(committed)
                 except ValueError:
                     if number == len(lines) - 1:
                         break  # pages reach the disk in any order: a torn line can end in its newline

@@ -13,8 +13,7 @@ from fastlatent.store.build import JOURNAL, PLAN, Lock, journal_generation, plan
 from fastlatent.store.files import TEMPORARY, fsync_directory
 from fastlatent.store.generation import Contents, publish
 from fastlatent.store.live import dataset_index, renumber
-from fastlatent.store.merge import GENERATION, keep_copy
-from fastlatent.store.reader import Dataset
+from fastlatent.store.reader import GENERATION, Dataset
 from fastlatent.store.records import ROOT, FileRecord, ShardRecord
 from fastlatent.store.repair import DAMAGED
 from fastlatent.store.verify import SHARDS
@@ -76,7 +75,6 @@ def collect(path: Path | str, *, dry_run: bool) -> CollectReport:
                 quarantine=dataset.quarantine,
             )
             generation = publish(path, dataset, contents).generation
-            keep_copy(path)
             dataset = Dataset.open(path)
         files = sorted(_unneeded(dataset, shards, pending, going=bool(dead) and not pending and dry_run))
         freed = 0

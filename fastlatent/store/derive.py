@@ -42,7 +42,6 @@ from fastlatent.store.live import (
     renumber,
     take,
 )
-from fastlatent.store.merge import keep_copy
 from fastlatent.store.provenance import differences
 from fastlatent.store.reader import PROVENANCE, Dataset, open_checked
 from fastlatent.store.records import Bucket, ShardRecord, decode_key, encode_key, key_columns, key_list
@@ -308,7 +307,6 @@ def _write(parts: list[tuple[Path, Part]], parents: list[Dataset], what: str, *,
                 quarantine=part.quarantine,
             )
             derived.append(Derived(replace(publish_generation(folder, None, contents), path=out), linked))
-            keep_copy(folder)
     return derived
 
 

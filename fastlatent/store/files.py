@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import stat
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -93,19 +95,20 @@ def canonical_json(value: object) -> bytes:
     """
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"expected a value that JSON can hold exactly, got {value!r:.200}: {error}") from None
     return text.encode("ascii")
 
 
 def parse_json(data: bytes | memoryview, what: str) -> Any:
-    """`data` as JSON, with names that occur twice refused. `what` begins the error: the file.
+    """`data` as JSON; names that occur twice, NaN and infinity are refused. `what` begins the error: the file.
 
     Raises:
         ValueError: it is not JSON.
     """
     try:
-        return json.loads(bytes(data).decode("utf-8"), object_pairs_hook=_unique)
+        text = bytes(data).decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: expected JSON, got {bytes(data[:40])!r} ...: {error}") from None
 
@@ -117,7 +120,10 @@ def read_bytes(path: Path) -> bytes:
         ValueError: it is missing, not a file, or larger than any JSON file of a dataset can be.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
+            raise ValueError(f"{path}: expected a file")
+        size = status.st_size
         if size > MAX_JSON_BYTES:
             raise ValueError(f"{path}: expected at most {MAX_JSON_BYTES} bytes of JSON, got {size}")
         return path.read_bytes()
@@ -132,11 +138,15 @@ def inside(root: Path, relative: str, what: str) -> Path:
         ValueError: an absolute path, "..", a link that leads out, or not a plain relative path.
     """
     pure = PurePosixPath(relative)
-    if not relative or "\0" in relative or pure.is_absolute() or ".." in pure.parts or str(pure) != relative:
-        raise ValueError(f"{what}: expected a path inside {root}, got {relative!r}")
+    if not pure.parts or "\0" in relative or pure.is_absolute() or ".." in pure.parts or str(pure) != relative:
+        raise ValueError(f"{what}: expected a path inside {root}, got {relative!r:.300}")
     path = root / pure
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{what}: expected a path inside {root}, got {relative!r}, a link to {path.resolve()}")
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # a ring of links; a surrogate that is no byte
+        raise ValueError(f"{what}: expected a path inside {root}, got {relative!r:.300}: {error}") from None
+    if not target.is_relative_to(root.resolve()):
+        raise ValueError(f"{what}: expected a path inside {root}, got {relative!r:.300}, a link to {target}")
     return path
 
 
@@ -177,6 +187,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name occurs twice in one object")
     return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite float64")
+    return value
 
 
 def _name(kind: type | tuple[type, ...]) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastlatent.store.files import canonical_json, write_atomic
-from fastlatent.store.reader import Dataset, root_digest
+from fastlatent.store.files import canonical_json, natural, parse_json, read_bytes, write_atomic
+from fastlatent.store.reader import GENERATION, Dataset, root_digest
 from fastlatent.store.records import FORMAT, ROOT, Bucket, FileRecord, ShardRecord
 from fastlatent.store.shard import chunks, layout
 from fastlatent.store.statistics import Statistics
@@ -112,4 +112,13 @@ def publish(path: Path, current: Dataset | None, contents: Contents) -> DatasetI
         root |= {"generation": generation, "previous_generation": current.generation if current else None}
         root["xxh3_128"] = root_digest(root)
         write_atomic(path / ROOT, json.dumps(root, indent=1, sort_keys=True).encode("ascii") + b"\n")
+    keep_copy(path)
     return DatasetInfo(path, generation, contents.fingerprint, rows, len(shards), size, len(contents.quarantine))
+
+
+def keep_copy(path: Path) -> None:
+    """Keep the current dataset.json as generation/GGGGGG.json, for who wants this generation later."""
+    data = read_bytes(path / ROOT)
+    copy = path / GENERATION / f"{natural(parse_json(data, ROOT), 'generation', ROOT):06d}.json"
+    if not copy.exists() or copy.read_bytes() != data:
+        write_atomic(copy, data)

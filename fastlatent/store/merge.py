@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from fastlatent.store.build import JOURNAL, PLAN, Committed, journal_generation
-from fastlatent.store.files import TEMPORARY, natural, parse_json, read_bytes, write_atomic
+from fastlatent.store.files import TEMPORARY, write_atomic
 from fastlatent.store.generation import Contents, DatasetInfo, listing, publish
 from fastlatent.store.reader import Dataset, open_checked
 from fastlatent.store.records import (
-    ROOT,
     Bucket,
     Field,
     Schema,
@@ -33,7 +32,6 @@ from fastlatent.store.scan import Entry, Pair, Scanned
 from fastlatent.store.shard import Shard
 from fastlatent.store.statistics import Statistics
 
-GENERATION = "generation"  # the folder of copies of every dataset.json
 Place = tuple[int, int]  # a shard's number in the manifests, and a row of it
 
 
@@ -165,14 +163,6 @@ def published(dataset: Dataset) -> DatasetInfo:
         dataset.path, dataset.generation, dataset.fingerprint,
         totals.rows, totals.shards, totals.bytes, totals.quarantined,
     )  # fmt: skip
-
-
-def keep_copy(path: Path) -> None:
-    """Keep the current dataset.json as generation/GGGGGG.json, for who wants this generation later."""
-    data = read_bytes(path / ROOT)
-    copy = path / GENERATION / f"{natural(parse_json(data, ROOT), 'generation', ROOT):06d}.json"
-    if not copy.exists() or copy.read_bytes() != data:
-        write_atomic(copy, data)
 
 
 def clean(path: Path, generation: int) -> None:

@@ -315,7 +315,7 @@ def read_root(path: Path) -> dict[str, Any]:
         ValueError: missing (it says whether an encode is going on), damaged, or of a version not known here.
     """
     file = path / ROOT
-    if not file.is_file():
+    if not file.exists():  # anything else that is no file is refused by `read_bytes`
         raise ValueError(f"{file}: {_why_missing(path)}")
     return _checked_root(file)
 
@@ -328,9 +328,13 @@ def _checked_root(file: Path) -> dict[str, Any]:
             "fastlatent that wrote it, or a newer one"
         )
     stated = hexadecimal(root, "xxh3_128", 32, str(file))
-    if stated != root_digest(root):
+    try:
+        found = root_digest(root)
+    except ValueError as error:  # nested so deeply that it can be read, and not written
+        raise ValueError(f"{file}: {error}") from None
+    if stated != found:
         raise ValueError(
-            f"{file}: expected contents with xxh3_128 {stated}, got {root_digest(root)}: the file was "
+            f"{file}: expected contents with xxh3_128 {stated}, got {found}: the file was "
             "edited or damaged; restore it from a copy, or encode into a new folder"
         )
     for field in member(root, "fields", list, str(file)):
@@ -465,22 +469,25 @@ def _read_manifests(path: Path, root: dict[str, Any], fingerprint: str, buckets:
         for name, expected in (("format", FORMAT), ("fingerprint", fingerprint)):
             if member(manifest, name, str, what) != expected:
                 raise ValueError(f"{what}: {name!r}: expected {expected!r}, got {manifest[name]!r:.100}")
-        shards += [ShardRecord.parse(one, f"{what}: shards") for one in member(manifest, "shards", list, what)]
-    for shard in shards:
-        if shard.bucket >= buckets:
-            raise ValueError(f"{path / ROOT}: expected bucket {shard.bucket} of {shard.path}, got {buckets} buckets")
-        inside(path, shard.path, "manifest")
+        for one in member(manifest, "shards", list, what):
+            shard = ShardRecord.parse(one, f"{what}: shards")
+            inside(path, shard.path, f"{what}: shards")
+            if shard.bucket >= buckets:
+                raise ValueError(f"{what}: expected bucket {shard.bucket} of {shard.path}, got {buckets} buckets")
+            shards.append(shard)
     return shards
 
 
 def _read_index(path: Path, root: dict[str, Any], fingerprint: str) -> Shard:
-    records = [FileRecord.parse(one, f"{path / ROOT}: indexes") for one in member(root, "indexes", list, str(path))]
+    entries = member(root, "indexes", list, str(path / ROOT))
+    records = [FileRecord.parse(one, f"{path / ROOT}: indexes") for one in entries]
     if len(records) != 1:
         raise ValueError(f"{path / ROOT}: 'indexes': expected one file, got {len(records)}: use a newer fastlatent")
     file = inside(path, records[0].path, str(path / ROOT))
     shard = Shard.open(file, expected_bytes=records[0].bytes)
     records[0].check(file, memoryview(shard.mapping))
-    rows = len(shard.columns.get("row", ()))
+    row = shard.columns.get("row")
+    rows = len(row) if row is not None and row.ndim else 0
     if shard.metadata.get("fls.format") != FORMAT or shard.metadata.get("fls.fingerprint") != fingerprint:
         raise ValueError(f"{file}: expected the index of {FORMAT} dataset {fingerprint}, got {shard.metadata}")
     for name, (dtype, rest) in {**INDEX_COLUMNS, "key.offsets": ("U64", ())}.items():

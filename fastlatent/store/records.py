@@ -114,7 +114,11 @@ class Field:
     @classmethod
     def parse(cls, value: object, what: str) -> Field:
         shape = tuple(member(value, "shape", list, what))
-        return cls(member(value, "name", str, what), member(value, "dtype", str, what), shape)
+        name, dtype = member(value, "name", str, what), member(value, "dtype", str, what)
+        try:
+            return cls(name, dtype, shape)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
 
     def to_dict(self) -> dict[str, object]:
         return {"name": self.name, "required": False, "dtype": self.dtype, "shape": list(self.shape)}

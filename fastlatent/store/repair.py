@@ -42,9 +42,8 @@ from fastlatent.store.live import (
     rows_by_shard,
     take,
 )
-from fastlatent.store.merge import GENERATION, keep_copy
 from fastlatent.store.provenance import fingerprint as fingerprint_of
-from fastlatent.store.reader import PROVENANCE, Dataset, Totals, read_provenance, read_root, root_digest
+from fastlatent.store.reader import GENERATION, PROVENANCE, Dataset, Totals, read_provenance, read_root, root_digest
 from fastlatent.store.records import (
     ROOT,
     PlannedItem,
@@ -222,7 +221,6 @@ def _publish_the_rest(seen: Examined, report: RepairReport) -> None:
         quarantine=quarantine,
     )
     report.generation = publish(path, _without(seen, wrong), contents).generation
-    keep_copy(path)
 
 
 def _without(seen: Examined, wrong: set[str]) -> Dataset:

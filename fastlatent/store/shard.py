@@ -156,7 +156,8 @@ class Shard:
         """
         path = Path(path)
         try:
-            with open(path, "rb", buffering=0) as file:
+            # O_NONBLOCK: opening a pipe would wait for its writer.
+            with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 if expected_bytes is not None and size != expected_bytes:
                     raise ValueError(
@@ -164,7 +165,10 @@ class Shard:
                         f"{'truncated' if size < expected_bytes else 'extended'}; restore it from a copy"
                     )
                 header = _read_header(file.fileno(), size, path)
-                mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+                try:
+                    mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+                except ValueError as error:  # it was truncated in this very moment
+                    raise ValueError(f"{path}: expected {size} bytes, and that they stay: {error}") from None
         except OSError as error:
             hint = "; raise the limit with `ulimit -n 65536`" if error.errno == errno.EMFILE else ""
             raise ValueError(f"{path}: expected a readable shard, got: {error.strerror}{hint}") from None
@@ -233,6 +237,8 @@ def _tensor(name: str, entry: object, path: Path) -> _Tensor:
         raise ValueError(f"{what}: expected a shape of at most {MAX_DIMENSIONS} sizes >= 0, got {shape!r:.100}")
     if not _naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"{what}: expected two data_offsets >= 0, got {offsets!r:.100}")
+    if math.prod(size for size in shape if size) >= 1 << 59:  # numpy has no such array, not even of 0 bytes
+        raise ValueError(f"{what}: expected a shape whose sizes multiply to less than 2**59, got {shape!r:.100}")
     expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if offsets[1] - offsets[0] != expected:
         raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from fastlatent.store.files import member
+from fastlatent.store.files import member, natural
 
 CHUNK_BYTES = 1 << 20  # of stored moments; its fp64 copy is 4 MiB and stays in the cache
 LOGVAR_RANGE = (-30.0, 20.0)  # every latent-diffusion autoencoder clamps to it before exp(logvar)
@@ -117,7 +117,7 @@ class Statistics:
         Raises:
             ValueError: a field is missing, or is not a list of finite numbers, all of one length.
         """
-        count = member(value, "count", int, what)
+        count = natural(value, "count", what)
         arrays = {}
         for field in fields(cls):
             if field.name != "count":
@@ -129,6 +129,8 @@ class Statistics:
             raise ValueError(f"{what}: expected a count >= 1 and as many values everywhere, got {value!r:.200}")
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError(f"{what}: expected finite numbers, got {value!r:.200}")
+        if (arrays["m2"] < 0).any() or (arrays["posterior_variance"] < 0).any():
+            raise ValueError(f"{what}: expected 'm2' and 'posterior_variance' >= 0, got {value!r:.200}")
         return cls(count=count, **arrays)
 
 

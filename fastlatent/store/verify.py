@@ -24,9 +24,9 @@ from fastlatent.store.live import (
     rows_by_shard,
     shard_statistics,
 )
-from fastlatent.store.merge import GENERATION
 from fastlatent.store.provenance import fingerprint as fingerprint_of
 from fastlatent.store.reader import (
+    GENERATION,
     INDEX_COLUMNS,
     PROVENANCE,
     Dataset,

@@ -26,7 +26,7 @@ from fastlatent.store.build import (
 )
 from fastlatent.store.cut import Cutter
 from fastlatent.store.files import canonical_json, make_directory
-from fastlatent.store.generation import DatasetInfo
+from fastlatent.store.generation import DatasetInfo, keep_copy
 from fastlatent.store.lease import Leases, exclusive
 from fastlatent.store.merge import (
     Place,
@@ -34,7 +34,6 @@ from fastlatent.store.merge import (
     clean,
     describes,
     index_rows,
-    keep_copy,
     merge,
     published,
     quarantined_files,
@@ -395,7 +394,6 @@ class DatasetWriter:
                 info = published(current)
             else:
                 info = self._merge()
-            keep_copy(self.path)
             clean(self.path, self._generation)
         for unit in self._units:
             self._leases.release(unit)

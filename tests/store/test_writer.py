@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -407,6 +408,18 @@ def interrupted(toy, path, source, count):
         for unit in units[:count]:
             writer.commit(unit, *toy.encode(unit))
     return units
+
+
+def test_a_digit_that_changed_in_a_journal_is_found(toy, tmp_path, source):
+    interrupted(toy, tmp_path / "d", source, 2)
+    (journal,) = (tmp_path / "d/journal").glob("*.jsonl")
+    data = journal.read_bytes()
+    for digit in re.finditer(rb"\d", data.split(b"\n")[0]):
+        changed = bytearray(data)
+        changed[digit.start()] = ord("1") if digit[0] != b"1" else ord("2")
+        journal.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"jsonl: line 1 .*(damaged|expected)"):
+            open_writer(toy, tmp_path / "d")
 
 
 def test_a_pending_plan_is_taken_up_as_it_is(toy, tmp_path, source):
