@@ -77,7 +77,7 @@ def test_file_keys_with_either_dash(name):
         ({"vae": ["a"]}, "config file: vae: expected text, got a list"),
         ({"vae": True}, "config file: vae: expected str, got True"),
         ({"dtype": "flaot16"}, "config file: dtype: expected one of .*; did you mean 'float16'?"),
-        ({"dtype": "int8"}, "config file: dtype: expected one of float16, bfloat16, float32, got 'int8'"),
+        ({"dtype": "int4"}, "config file: dtype: expected one of float16, bfloat16, float32, int8, got 'int4'"),
     ],
 )
 def test_refused(values, message):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from fastlatent.store.checked import open_checked
 from fastlatent.store.files import (
     TEMPORARY,
     canonical_json,
@@ -43,7 +44,7 @@ from fastlatent.store.live import (
     take,
 )
 from fastlatent.store.provenance import differences
-from fastlatent.store.reader import PROVENANCE, Dataset, open_checked
+from fastlatent.store.reader import PROVENANCE, Dataset
 from fastlatent.store.records import Bucket, ShardRecord, decode_key, encode_key, key_columns, key_list
 from fastlatent.store.shard import Shard
 from fastlatent.store.verify import BLOCK_BYTES

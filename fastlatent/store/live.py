@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from fastlatent.store.merge import row_statistics
 from fastlatent.store.reader import INDEX_COLUMNS, Dataset
 from fastlatent.store.records import Bucket, ShardRecord, key_columns, key_list
 from fastlatent.store.shard import Shard
@@ -51,10 +50,14 @@ def payload_rows(shard: Shard, name: str) -> list[np.ndarray]:
 
 def shard_statistics(shard: Shard, bucket: Bucket, rows: np.ndarray | None = None) -> Statistics:
     """Of an open shard's rows: all of them, or those numbered `rows` (at least one)."""
-    if rows is not None:
-        return row_statistics(shard, bucket, rows)
     name = bucket.payload
-    return Statistics.of(shard.columns[name], bucket.dtype, name, shard.columns.get(f"{name}.scale"))
+    values, scale = shard.columns[name], shard.columns.get(f"{name}.scale")
+    if rows is not None:
+        if bucket.ragged:
+            offsets = shard.columns[f"{name}.offsets"].tolist()
+            rows = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows.tolist()])
+        values, scale = values[rows], None if scale is None else scale[rows]
+    return Statistics.of(values, bucket.dtype, name, scale)
 
 
 def live_statistics(

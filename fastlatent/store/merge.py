@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from fastlatent.store.build import JOURNAL, PLAN, Committed, journal_generation
+from fastlatent.store.checked import open_checked
 from fastlatent.store.files import TEMPORARY, write_atomic
 from fastlatent.store.generation import Contents, DatasetInfo, listing, publish
-from fastlatent.store.reader import Dataset, open_checked
+from fastlatent.store.live import live_statistics, merged
+from fastlatent.store.reader import Dataset
 from fastlatent.store.records import (
     Bucket,
     Field,
@@ -30,7 +32,6 @@ from fastlatent.store.records import (
 )
 from fastlatent.store.scan import Entry, Pair, Scanned
 from fastlatent.store.shard import Shard
-from fastlatent.store.statistics import Statistics
 
 Place = tuple[int, int]  # a shard's number in the manifests, and a row of it
 
@@ -128,7 +129,7 @@ def merge(
         kept=kept,
         added=added,
         index=index,
-        statistics=_statistics(index, source),
+        statistics=merged(part for _, part in live_statistics(index, source.shards, buckets, source.open)),
         quarantine=list(bad.values()),
     )
     return publish(path, current, contents)
@@ -284,35 +285,3 @@ def _groups(entries: list[Entry]) -> dict[str, np.ndarray]:
         "group.offsets": columns["key.offsets"],
         "group.utf8": columns["key.utf8"],
     }
-
-
-def _statistics(columns: dict[str, np.ndarray], source: _Source) -> Statistics:
-    """Of the rows that the index points to, merged in manifest order.
-
-    A shard's own statistics serve while all its rows are in use; else its live rows are read again.
-    """
-    total: Statistics | None = None
-    order = np.lexsort((columns["row"], columns["shard"]))
-    shard, row = columns["shard"][order], columns["row"][order]
-    starts = np.searchsorted(shard, np.arange(len(source.shards) + 1)).tolist()
-    for i, record in enumerate(source.shards):
-        live = row[starts[i] : starts[i + 1]]
-        if not len(live):
-            continue
-        part = record.statistics
-        if len(live) < record.rows:
-            with closing(source.open(i)) as opened:
-                part = row_statistics(opened, source.buckets[record.bucket], live)
-        total = part if total is None else total.merge(part)
-    assert total is not None
-    return total
-
-
-def row_statistics(shard: Shard, bucket: Bucket, rows: np.ndarray) -> Statistics:
-    """Of these rows of a shard."""
-    name = bucket.payload
-    values, scale = shard.columns[name], shard.columns.get(f"{name}.scale")
-    if bucket.ragged:
-        offsets = shard.columns[f"{name}.offsets"].astype(np.int64)
-        rows = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows.tolist()])
-    return Statistics.of(values[rows], bucket.dtype, name, None if scale is None else scale[rows])

@@ -83,6 +83,8 @@ class Rows:
         count = len(self.keys)
         ragged = RAGGED in unit.bucket
         _check(payload, self.payload, count, unit.bucket[1:] if ragged else unit.bucket, unit)
+        if ragged and not all(len(row) for row in self.payload):
+            raise ValueError(f"{payload}: expected one token or more in every row, got none in one of unit {unit.id}")
         for name, size in (("orig_hw", 2), ("crop", 4)):
             values = getattr(self, name)
             if values is not None and (values.shape != (count, size) or values.dtype.kind not in "iu"):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from fastlatent.store.checked import open_checked
 from fastlatent.store.files import inside, member, parse_json, read_bytes
 from fastlatent.store.live import (
     Columns,
@@ -30,7 +31,6 @@ from fastlatent.store.reader import (
     INDEX_COLUMNS,
     PROVENANCE,
     Dataset,
-    open_checked,
     read_provenance,
     read_root,
     root_digest,
@@ -113,7 +113,7 @@ class Examined:
         return self.root["fingerprint"]
 
     def open(self, i: int) -> Shard:
-        """Shard i, held against its manifest record; see `fastlatent.store.reader.open_checked`."""
+        """Shard i, held against its manifest record; see `fastlatent.store.checked.open_checked`."""
         return self.open_record(self.shards[i])
 
     def open_record(self, record: ShardRecord) -> Shard:

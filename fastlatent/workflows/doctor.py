@@ -69,7 +69,11 @@ def _library() -> Finding:
         )
     if library is None:
         return Finding("compiled library", "missing", "build it: pip install . (a C++17 compiler is needed)")
-    return Finding("compiled library", "libfastlatent_cpu.so: diffusion_head_sample, gather_rows, linear, solver_step")
+    functions = (
+        "advise_random, count_resident, diffusion_head_sample, gather_rows, linear, populate_rows, read_rows, "
+        "sample_posterior, solver_step"
+    )
+    return Finding("compiled library", f"libfastlatent_cpu.so: {functions}")
 
 
 def _torch() -> Finding:

@@ -149,10 +149,10 @@ def test_a_damaged_scale_is_found(int8, tmp_path):
 
 @pytest.fixture(scope="module")
 def ragged(tmp_path_factory):
-    """Tokens [i % 4, 3] of sample i, a caption of i % 3 bytes, a bfloat16 embedding and int8 none."""
+    """Tokens [1 + i % 4, 3] of sample i, a caption of i % 3 bytes, a bfloat16 embedding and int8 none."""
 
     def rows(numbers, bucket):
-        tokens = [normal([i], (i % 4, 3))[0] for i in numbers]
+        tokens = [normal([i], (1 + i % 4, 3))[0] for i in numbers]
         captions = [np.full(i % 3, i, np.uint8) for i in numbers]
         embeddings = (normal(numbers, (2,)).view(np.uint32) >> 16).astype(np.uint16)
         return tokens, {"extras": {"caption": captions, "embedding": embeddings}}
@@ -166,11 +166,13 @@ def test_ragged_rows_and_further_tensors(ragged):
     assert dataset.columns == ("tokens", "label", "key_hash", "caption", "embedding")
     order = [6, 0, 11, 3]
     batch = dataset.gather(np.array(order), check_rows=True)
-    assert batch["tokens.offsets"].tolist() == [0, 2, 2, 5, 8] and batch["caption.offsets"].tolist() == [0, 0, 0, 2, 2]
-    np.testing.assert_array_equal(batch["tokens"].numpy(), np.concatenate([normal([i], (i % 4, 3))[0] for i in order]))
+    assert batch["tokens.offsets"].tolist() == [0, 3, 4, 8, 12] and batch["caption.offsets"].tolist() == [0, 0, 0, 2, 2]
+    np.testing.assert_array_equal(
+        batch["tokens"].numpy(), np.concatenate([normal([i], (1 + i % 4, 3))[0] for i in order])
+    )
     assert batch["caption"].tolist() == [11, 11] and batch["embedding"].dtype == torch.bfloat16
     sample = dataset[11]
-    assert sample["tokens"].shape == (3, 3) and sample["caption"].tolist() == [11, 11]
+    assert sample["tokens"].shape == (4, 3) and sample["caption"].tolist() == [11, 11]
     assert not any(name.endswith(".offsets") for name in sample)
     loader = LatentLoader(dataset, 5, seed=0, check_rows=True)
     seen = [number for batch in loader for number in numbers_of(dataset, batch)]

@@ -78,7 +78,7 @@ def random_rows(schema, unit, dtype="F16", per_token=False):
         wide = generator.standard_normal(shape, np.float32)
         return (wide.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else wide.astype(kinds[dtype])
 
-    lengths = generator.integers(0, 5, count).tolist()
+    lengths = generator.integers(1, 5, count).tolist()
     payload = [values((n, unit.bucket[2])) for n in lengths] if ragged else values((count, *unit.bucket))
     scale = None
     if dtype == "I8":
@@ -355,6 +355,7 @@ def test_refuses_rows_that_are_not_the_schema(toy, tmp_path):
             Rows(["a"], good[None], extras=text),  # an array where rows have lengths of their own
             Rows(["a"], [np.ones((4, 2), np.float16)], extras=text),
             Rows(["a"], [good, good], extras=text),
+            Rows(["a"], [good[:0]], extras=text),
             Rows(["a"], [good]),
             Rows(["a"], [good], extras={**text, "more": good}),
             Rows(["a"], [good], extras={"text": [np.zeros(2, np.int8)]}),

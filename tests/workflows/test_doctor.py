@@ -14,7 +14,7 @@ def test_reports_what_is_here(chain):
     out = chain.ok("doctor").out
     for name in ("torch", "diffusers", "safetensors", "pillow"):
         assert importlib.metadata.version(name) in next(line for line in out.splitlines() if f"  {name} " in line)
-    assert "libfastlatent_cpu.so: diffusion_head_sample, gather_rows" in out
+    assert "libfastlatent_cpu.so: advise_random, " in out
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert f"decode   autoencoder in eager torch on {device}" in out
     for command in ("encode", "train", "sample", "decode"):

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from fastlatent.store.reader import Dataset
+from fastlatent.store.rows import Rows
 from fastlatent.store.statistics import LOGVAR_RANGE
 
 
@@ -68,7 +69,11 @@ def test_encoded_again_another_value_is_found(chain, tmp_path):
     from fastlatent.workflows import reencode
 
     latents = chain.copy("latents", tmp_path / "latents")
-    compared = reencode._compared
+
+    def compared(dataset, i, made, tolerance):
+        rows = None if made is None else Rows([dataset.key(i)], made[None])
+        return reencode._compared(dataset, i, rows, None if made is None else 0, tolerance)
+
     dataset = Dataset.open(latents)
     stored = dataset.open_shard(int(dataset.shard[0])).columns["moments"][int(dataset.row[0])]
     assert compared(dataset, 0, stored.copy(), 0.0) is None
