@@ -15,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fastlatent
+from fastlatent.data.latents import LatentDataset
 from fastlatent.models.checkpoint import read_config
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.store.reader import Dataset
+from fastlatent.workflows.decode import dataset_means
 
 
 def moments(folder):
@@ -150,6 +152,32 @@ def test_a_row_does_not_depend_on_who_wrote_it(chain, tmp_path):
     want = moments(chain.latents)
     assert got.keys() == want.keys()
     assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+@pytest.mark.parametrize("payload", ["moments", "latents"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
+def test_every_way_of_storing(chain, tmp_path, payload, dtype):
+    latents = tmp_path / "latents"
+    settings = f"--payload {payload} --dtype {dtype}"
+    chain.ok(f"encode {chain.encode} {settings} --out", latents, "--vae", chain.vae, chain.images)
+    dataset = LatentDataset(latents)
+    means = dataset_means(dataset, 0, len(dataset))
+    keys = [dataset.store.key(i) for i in range(len(dataset))]
+    want = torch.stack([plain_moments(chain.vae, plain_pixels(chain.images / key)).chunk(2)[0] for key in keys])
+    # Half a step: of 11 bits, of 8 bits, and of 127 steps to the largest of a channel's 16 values.
+    tolerance = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.51 / 127}[dtype]
+    scale = want.abs() if dtype != "int8" else want.abs().amax((-1, -2), keepdim=True)
+    assert ((means - want).abs() <= tolerance * scale + 1e-4).all()  # plain runs in batches of one
+    assert dataset.store.payload == payload
+    chain.ok("verify --full --reencode 3", latents)
+    chain.ok("stats", latents)
+    chain.ok(f"train ar {chain.train_ar} --out", tmp_path / "ar", latents)
+    chain.ok("decode --threads 1 --output", tmp_path / "decoded", latents)
+    chain.ok("inspect", latents, "--vae", chain.vae, "--sheet", tmp_path / "sheet.png")
+    # What is stored otherwise is another dataset.
+    other = "--dtype int8" if dtype != "int8" else "--dtype float16"
+    done = chain.command(f"encode {chain.encode} {settings} {other} --out", latents, "--vae", chain.vae, chain.images)
+    assert "storage_dtype" in done.message
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
