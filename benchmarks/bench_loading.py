@@ -134,7 +134,7 @@ class Run:
             except pagecache.CannotDrop as error:
                 outcomes[name] = harness.Outcome("unavailable", str(error))
             except Exception as error:  # one broken reader must not cost the other rows
-                outcomes[name] = harness._failure(error)
+                outcomes[name] = harness.failure(error)
             else:
                 outcomes[name], sizes[name] = _ok(found.seconds), found.bytes
         return outcomes, sizes
@@ -159,7 +159,7 @@ class Run:
 
 
 def _ok(seconds: Sequence[float]) -> harness.Outcome:
-    return harness.Outcome("ok", timing=harness._quantiles(seconds))
+    return harness.Outcome("ok", timing=harness.quantiles(seconds))
 
 
 def loading(case: Case, run: Run) -> list[Row]:

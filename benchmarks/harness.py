@@ -106,7 +106,7 @@ def _calls_per_sample(function: Callable[[], object], device: str) -> int:
     return max(1, min(1000, round(SAMPLE_SECONDS / max(seconds, 1e-9))))
 
 
-def _quantiles(samples: Sequence[float]) -> Timing:
+def quantiles(samples: Sequence[float]) -> Timing:
     if len(samples) == 1:
         return Timing(samples[0], samples[0], samples[0], 1)
     cuts = statistics.quantiles(samples, n=10, method="inclusive")
@@ -141,7 +141,7 @@ def measure(
         if setup is not None:
             setup()
         samples.append(_sample(function, device, calls))
-    return _quantiles(samples)
+    return quantiles(samples)
 
 
 def interleave(
@@ -175,7 +175,7 @@ def interleave(
             torch._dynamo.reset()  # an abandoned compilation leaves half-built guards
             outcomes[name] = Outcome("timeout", f"warm-up took {limit}")
         except Exception as error:  # one broken rival must not cost the other rows
-            outcomes[name] = _failure(error)
+            outcomes[name] = failure(error)
     for name, (function, _) in list(ready.items()):
         try:
             with time_limit(cap_seconds):
@@ -192,11 +192,11 @@ def interleave(
         for name, (function, calls) in ready.items():
             samples[name].append(_sample(function, device, calls))
         rounds += 1
-    outcomes.update({name: Outcome("ok", timing=_quantiles(times)) for name, times in samples.items()})
+    outcomes.update({name: Outcome("ok", timing=quantiles(times)) for name, times in samples.items()})
     return {name: outcomes[name] for name in providers}
 
 
-def _failure(error: Exception) -> Outcome:
+def failure(error: Exception) -> Outcome:
     text = " ".join(str(error).split())[:300]
     if isinstance(error, ModuleNotFoundError | Unavailable):
         return Outcome("unavailable", text)
@@ -311,7 +311,7 @@ def main(
                 outcomes = interleave(prepared.providers, device=case.device, min_seconds=args.seconds)
         except Exception as error:  # out of memory or disk in one case must not cost the next
             prepared = Prepared(dict.fromkeys(case.providers, lambda: lambda: None))
-            outcomes = dict.fromkeys(case.providers, _failure(error))
+            outcomes = dict.fromkeys(case.providers, failure(error))
         for new in rows_of(case, prepared, outcomes):
             append(path, new)
             print(describe(new), flush=True)

@@ -131,7 +131,7 @@ def write(case: Case, folder: Path) -> list[Row]:
     prepared = harness.Prepared(
         dict.fromkeys(case.providers, lambda: lambda: None), bytes=count * row_bytes, floor="plain"
     )
-    outcomes = {name: harness.Outcome("ok", timing=harness._quantiles(times[1:])) for name, times in seconds.items()}
+    outcomes = {name: harness.Outcome("ok", timing=harness.quantiles(times[1:])) for name, times in seconds.items()}
     found = harness.rows_of(case, prepared, outcomes)
     return [replace(row, bytes=row_bytes) if row.provider == "commit-of-one-row" else row for row in found]
 
@@ -151,6 +151,4 @@ def open_(case: Case, folder: Path) -> list[Row]:
         sizes.append(size)
     shutil.rmtree(folder)
     prepared = harness.Prepared({"fastlatent": lambda: lambda: None}, bytes=sorted(sizes)[len(sizes) // 2])
-    return harness.rows_of(
-        case, prepared, {"fastlatent": harness.Outcome("ok", timing=harness._quantiles(seconds[1:]))}
-    )
+    return harness.rows_of(case, prepared, {"fastlatent": harness.Outcome("ok", timing=harness.quantiles(seconds[1:]))})
