@@ -89,6 +89,12 @@ class RowReader:
             for tensor in tensors:
                 advise_random(tensor)
 
+    def places(self, shards: np.ndarray) -> np.ndarray:
+        """int64: which of `numbers` these shards of the dataset are, as `read` counts them."""
+        if len(self.numbers) == len(self.store.shards):
+            return shards.astype(np.int64)
+        return np.searchsorted(self.numbers, shards)
+
     def read(self, shard: Tensor, row: Tensor, out: Tensor, *, threads: int = 1) -> None:
         """out[i] = row row[i] of shard shard[i]; `threads` copy from memory, how many read is the back end's affair.
 

@@ -45,6 +45,9 @@ class LatentDataset(torch.utils.data.Dataset):
         unknown = set(self.columns) - set(known)
         if unknown:
             raise ValueError(f"LatentDataset: unknown columns {sorted(unknown)}; known: {', '.join(known)}")
+        self._ragged = {one.name for one in store.extras if one.ragged}
+        self._ragged |= {store.payload, "scale"} if store.buckets[0].ragged else set()
+        self._used = [number for number, bucket in enumerate(store.buckets) if bucket.rows]
         self.backend = backend
         self._readers: dict[int, RowReader] = {}
         self._choice: Choice | None = None
@@ -59,10 +62,10 @@ class LatentDataset(torch.utils.data.Dataset):
         Raises:
             ValueError: rows have several shapes.
         """
-        shapes = {bucket.shape for bucket in self.store.buckets if bucket.rows}
+        shapes = [self.store.buckets[number].shape for number in self._used]
         if len(shapes) > 1:
-            raise ValueError(f"expected latents of one shape, {self.store.path} holds {sorted(shapes)}")
-        return shapes.pop()
+            raise ValueError(f"expected latents of one shape, {self.store.path} holds {shapes}")
+        return shapes[0]
 
     @property
     def autoencoder(self) -> dict[str, Any]:
@@ -88,8 +91,8 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def open(self) -> None:
         """Open every shard and choose the back end now, not with the first row."""
-        for number, bucket in enumerate(self.store.buckets):
-            if bucket.rows and not bucket.ragged:
+        for number in self._used:
+            if not self.store.buckets[number].ragged:
                 self.reader(number)
         _ = self.choice
 
@@ -154,11 +157,10 @@ class LatentDataset(torch.utils.data.Dataset):
         if "scale" in layout:
             first = next(i for i, record in enumerate(store.shards) if record.bucket == bucket)
             layout["scale"] = store.open_shard(first).columns[f"{store.payload}.scale"].shape[1:], torch.float32
-        ragged = self._ragged()
         return {
             name: torch.empty((count, *shape), dtype=dtype, pin_memory=pin_memory)
             for name, (shape, dtype) in layout.items()
-            if name not in ragged
+            if name not in self._ragged
         }
 
     def gather(
@@ -180,24 +182,26 @@ class LatentDataset(torch.utils.data.Dataset):
             ValueError: the samples are of several buckets, a row cannot be read, or one is damaged and `check_rows`
                 is set.
         """
-        store, buckets = self.store, self.store.bucket[indices]
-        bucket = int(buckets[0]) if len(buckets) else 0
-        if (buckets != bucket).any():
-            raise ValueError(f"gather: expected samples of one bucket, got some of {np.unique(buckets).tolist()}")
+        store, bucket = self.store, self._used[0]
+        if len(self._used) > 1 and len(indices):
+            buckets = store.bucket[indices]
+            bucket = int(buckets[0])
+            if (buckets != bucket).any():
+                raise ValueError(f"gather: expected samples of one bucket, got some of {np.unique(buckets).tolist()}")
         batch = self.empty(len(indices), bucket) if out is None else out
         for name in self.columns:
             if name == "label":
                 batch[name].numpy()[:] = store.label[indices]
             elif name == "key_hash":
                 batch[name].numpy()[:] = store.key_hash.view(np.int64)[indices]
-            elif name in self._ragged():
+            elif name in self._ragged:
                 stored = f"{store.payload}.scale" if name == "scale" else name
                 of = store.payload if name == "scale" else name
                 values, offsets = gather_ragged(store, stored, indices, of)
                 batch |= {name: values, f"{of}.offsets": offsets}
             elif name == store.payload:
                 reader = self.reader(bucket)
-                shard = torch.from_numpy(np.searchsorted(reader.numbers, store.shard[indices]))
+                shard = torch.from_numpy(reader.places(store.shard[indices]))
                 row = torch.from_numpy(store.row[indices].astype(np.int64))
                 reader.read(shard, row, batch[name], threads=threads)
             else:
@@ -205,10 +209,6 @@ class LatentDataset(torch.utils.data.Dataset):
         if check_rows and store.payload in batch:
             check_row_digests(store, indices, batch)
         return batch
-
-    def _ragged(self) -> set[str]:
-        ragged = {one.name for one in self.store.extras if one.ragged}
-        return ragged | ({self.store.payload, "scale"} if self.store.buckets[0].ragged else set())
 
 
 def draw_latents(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from fastlatent.store.files import member, natural
 
+THREADS = 4
 CHUNK_BYTES = 1 << 20  # of stored moments; its fp64 copy is 4 MiB and stays in the cache
 LOGVAR_RANGE = (-30.0, 20.0)  # every latent-diffusion autoencoder clamps to it before exp(logvar)
 
@@ -52,14 +55,14 @@ class Statistics:
         assert len(values) and (payload != "moments" or values.shape[2] % 2 == 0)
         # The chunk decides the order of summation, so it depends on the shape of a row alone.
         rows = max(1, CHUNK_BYTES // max(1, values[0].nbytes))
-        total = None
-        for start in range(0, len(values), rows):
+
+        def part(start: int) -> Statistics:
             end = start + rows
             wide = to_float64(values[start:end], dtype, None if scale is None else scale[start:end])
-            part = cls._of_chunk(wide, payload == "moments")
-            total = part if total is None else total.merge(part)
-        assert total is not None
-        return total
+            return cls._of_chunk(wide, payload == "moments")
+
+        with ThreadPoolExecutor(THREADS) as pool:  # numpy lets go of the GIL
+            return functools.reduce(cls.merge, pool.map(part, range(0, len(values), rows)))
 
     @classmethod
     def _of_chunk(cls, values: np.ndarray, has_logvar: bool) -> Statistics:
