@@ -137,7 +137,7 @@ def choose_backend(store: Dataset, force: str | None = None) -> Choice:
     if kind in NETWORK or kind.startswith("fuse"):
         return Choice("pread", f"the dataset is on {kind}, where mapped files fault one page at a time")
     generator = np.random.default_rng()  # not seeded: a second probe must not find the first one's rows in memory
-    largest = max(range(len(store.buckets)), key=lambda i: store.buckets[i].rows)
+    largest = max(range(len(store.buckets)), key=lambda i: (not store.buckets[i].ragged, store.buckets[i].rows))
     numbers = [i for i, record in enumerate(store.shards) if record.bucket == largest]
     numbers = generator.choice(numbers, min(PROBE_SHARDS, len(numbers)), replace=False).tolist()
     share = _resident(store, numbers, generator)

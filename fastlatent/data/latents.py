@@ -45,8 +45,8 @@ class LatentDataset(torch.utils.data.Dataset):
         unknown = set(self.columns) - set(known)
         if unknown:
             raise ValueError(f"LatentDataset: unknown columns {sorted(unknown)}; known: {', '.join(known)}")
-        self._ragged = {one.name for one in store.extras if one.ragged}
-        self._ragged |= {store.payload, "scale"} if store.buckets[0].ragged else set()
+        ragged = {one.name for one in store.extras if one.ragged}
+        self._ragged = [ragged | ({store.payload, "scale"} if one.ragged else set()) for one in store.buckets]
         self._used = [number for number, bucket in enumerate(store.buckets) if bucket.rows]
         self.backend = backend
         self._readers: dict[int, RowReader] = {}
@@ -81,7 +81,7 @@ class LatentDataset(torch.utils.data.Dataset):
             ValueError: a shard is missing or damaged, or the back end that was asked for cannot be used.
         """
         if self._choice is None:
-            if self.store.buckets[0].ragged:
+            if all(self.store.buckets[number].ragged for number in self._used):
                 if self.backend not in (None, "ram"):
                     raise ValueError(f"backend: expected ram for rows that differ in length, got {self.backend!r}")
                 self._choice = Choice("ram", "rows that differ in length are copied from the mapping")
@@ -123,7 +123,8 @@ class LatentDataset(torch.utils.data.Dataset):
             batch = self.gather(wanted[places])
             for i, place in enumerate(places.tolist()):
                 for name, values in batch.items():
-                    offsets = batch.get(f"{name}.offsets")
+                    of = self.store.payload if name == "scale" else name
+                    offsets = batch.get(f"{of}.offsets")
                     if not name.endswith(".offsets"):
                         samples[place][name] = values[i] if offsets is None else values[offsets[i] : offsets[i + 1]]
         return samples
@@ -160,7 +161,7 @@ class LatentDataset(torch.utils.data.Dataset):
         return {
             name: torch.empty((count, *shape), dtype=dtype, pin_memory=pin_memory)
             for name, (shape, dtype) in layout.items()
-            if name not in self._ragged
+            if name not in self._ragged[bucket]
         }
 
     def gather(
@@ -194,7 +195,7 @@ class LatentDataset(torch.utils.data.Dataset):
                 batch[name].numpy()[:] = store.label[indices]
             elif name == "key_hash":
                 batch[name].numpy()[:] = store.key_hash.view(np.int64)[indices]
-            elif name in self._ragged:
+            elif name in self._ragged[bucket]:
                 stored = f"{store.payload}.scale" if name == "scale" else name
                 of = store.payload if name == "scale" else name
                 values, offsets = gather_ragged(store, stored, indices, of)

@@ -201,3 +201,27 @@ def test_a_group_is_read_in_its_order(tmp_path):
 def test_no_groups(bucketed):
     with pytest.raises(ValueError, match="expected a dataset with groups"):
         LatentDataset(Path(bucketed)).group(0)
+
+
+def test_ragged_rows_beside_others(tmp_path):
+    def rows(numbers, bucket):
+        if bucket[1] == RAGGED:
+            values = [np.full((1 + i, 4), i, np.int8) for i in numbers]
+            return values, {"scale": [np.full(1 + i, 0.5, np.float32) for i in numbers]}
+        values = np.stack([np.full(bucket, i, np.int8) for i in numbers])
+        return values, {"scale": np.full((len(numbers), 1, 3), 0.25, np.float32)}
+
+    schema = Schema(((1, RAGGED, 4), (1, 3, 4)), "tokens")
+    path = write(tmp_path, 12, schema, rows, place=lambda i: {"bucket": i % 2})
+    dataset = LatentDataset(path)
+    for batch in LatentLoader(dataset, 3, check_rows=True):
+        numbers = numbers_of(dataset, batch)
+        wide = batch["tokens"] * batch["scale"][..., None]
+        if numbers[0] % 2 == 0:
+            assert batch["tokens.offsets"].tolist() == np.cumsum([0, *(1 + i for i in numbers)]).tolist()
+            assert wide.tolist() == [[0.5 * i] * 4 for i in numbers for _ in range(1 + i)]
+        else:
+            assert "tokens.offsets" not in batch and wide[:, 0, 0, 0].tolist() == [0.25 * i for i in numbers]
+    samples = dataset.__getitems__([2, 3])
+    assert samples[0]["tokens"].shape == (3, 4) and samples[0]["scale"].shape == (3,)
+    assert samples[1]["tokens"].shape == (1, 3, 4)

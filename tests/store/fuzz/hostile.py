@@ -85,8 +85,8 @@ def write_tokens(folder: Path, toy: ModuleType, finish: bool) -> None:
             payload: Any = np.ones((count, 1, 3, 4), np.int8)
             scale: Any = np.ones((count, 1), np.float32)
             if RAGGED in unit.bucket:
-                payload = [np.full((i, 4), i, np.int8) for i in range(count)]
-                scale = [np.ones(i, np.float32) for i in range(count)]
+                payload = [np.full((i + 1, 4), i, np.int8) for i in range(count)]
+                scale = [np.ones(i + 1, np.float32) for i in range(count)]
             texts = [np.frombuffer(key.encode(), np.uint8) for key in keys]
             more = {"text": texts, "embedding": np.zeros((count, 3), np.uint16), "time": np.zeros(count)}
             writer.commit(unit, Rows(keys, payload, scale=scale, extras=more), bad)
