@@ -34,6 +34,8 @@ def gather_ragged(store: Dataset, name: str, indices: np.ndarray, of: str) -> tu
         parts.append(columns[name][begin:end])
     offsets = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=offsets[1:])
+    if not parts:
+        raise ValueError(f"gather: expected one sample or more where `{name}` differs in length, got none")
     dtype = store.open_shard(int(store.shard[indices[0]])).dtypes[name]
     values = torch.from_numpy(np.concatenate(parts))
     return values.view(torch.bfloat16) if dtype == "BF16" else values, torch.from_numpy(offsets)

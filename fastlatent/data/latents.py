@@ -32,13 +32,21 @@ class LatentDataset(torch.utils.data.Dataset):
         columns: which of these to read; all by default.
         backend: how rows are read: "ram", "willneed", "pread" or "io_uring" (see `fastlatent.data.backends`); by
             default a probe of at most 0.2 s chooses before the first row is read.
+        generation: an earlier one, which stays until `fastlatent gc`; the current one by default.
 
     Raises:
         ValueError: the dataset is not there, damaged or of a newer format, or has no such column.
     """
 
-    def __init__(self, path: str | Path, *, columns: Sequence[str] | None = None, backend: str | None = None) -> None:
-        self.store = store = Dataset.open(path)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        columns: Sequence[str] | None = None,
+        backend: str | None = None,
+        generation: int | None = None,
+    ) -> None:
+        self.store = store = Dataset.open(path, generation=generation)
         scale = ("scale",) if store.buckets[0].dtype == "I8" else ()
         known = (store.payload, *scale, "label", "key_hash", *(one.name for one in store.extras))
         self.columns = known if columns is None else tuple(columns)
@@ -71,7 +79,7 @@ class LatentDataset(torch.utils.data.Dataset):
     def autoencoder(self) -> dict[str, Any]:
         """Identity of the autoencoder that made the latents, and the path it had then."""
         provenance = self.store.provenance
-        return {**provenance["hashed"]["vae"], "path": provenance["informational"]["vae_path"]}
+        return {**provenance["hashed"].get("vae", {}), "path": provenance["informational"].get("vae_path")}
 
     @property
     def choice(self) -> Choice:
@@ -143,7 +151,11 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Mappings do not travel to spawned workers; every process opens its own.
-        return functools.partial(type(self), columns=self.columns, backend=self.backend), (self.store.path,)
+        # The generation too: another one may be current by then.
+        again = functools.partial(
+            type(self), columns=self.columns, backend=self.backend, generation=self.store.generation
+        )
+        return again, (self.store.path,)
 
     def empty(self, count: int, bucket: int = 0, *, pin_memory: bool = False) -> dict[str, Tensor]:
         """Uninitialised CPU tensors for `count` samples of a bucket, as `gather` fills them; without ragged columns."""

@@ -35,7 +35,8 @@ def stage(
     Args:
         source: folder of the dataset, a path or a URL that fsspec knows ("s3://bucket/latents").
         cache: local folder; the copy is in a folder of its own inside it.
-        shards: numbers of those to copy, for a process that reads only these; all by default.
+        shards: numbers of those to copy, for who reads them by `Dataset.open_shard` (LatentDataset needs all); all by
+            default.
 
     Raises:
         ValueError: fsspec, or its package for this kind of URL, is missing; no dataset at `source`, or a damaged one;
@@ -105,7 +106,10 @@ def _named_files(root: dict[str, Any]) -> Iterator[FileRecord]:
 
 def _is_there(record: FileRecord, local: Path) -> bool:
     path = inside(local, record.path, ROOT)
-    return path.is_file() and path.stat().st_size == record.bytes
+    if not path.is_file() or path.stat().st_size != record.bytes:
+        return False
+    # A shard's name holds its digest; index/000001.safetensors may be that of a dataset that was there before.
+    return record.xxh3_128 in path.name or FileRecord.of(record.path, path.read_bytes()) == record
 
 
 def _fetch(record: FileRecord, local: Path, open_source: Callable[[], Any], source: str) -> None:

@@ -61,5 +61,5 @@ def check_shards(path: Path, current: Dataset | None) -> None:
             came = "no such file" if size < 0 else f"{size} bytes"
             raise ValueError(
                 f"{path / record.path}: expected {record.bytes} bytes, got {came}: restore it from a copy, or "
-                "encode into a new folder"
+                f"run `fastlatent repair {path}` and this again"
             )

@@ -53,7 +53,7 @@ def open_checked(
         if found.get(name) != value:
             raise ValueError(
                 f"{file}: {name}: expected {value!r}, got {found.get(name)!r:.200}: the header is damaged, or "
-                "the file is of another dataset; restore it from a copy"
+                "the file is of another dataset; restore it from a copy, or run `fastlatent repair`"
             )
     for name, (dtype, shapes) in columns.items():
         column = shard.columns.get(name)
@@ -61,7 +61,7 @@ def open_checked(
             came = "no such column" if column is None else f"{shard.dtypes[name]} {column.shape}"
             raise ValueError(
                 f"{file}: {name}: expected {dtype} {' or '.join(map(str, shapes))}, got {came}: the header is damaged, "
-                "or the file is of another dataset; restore it from a copy"
+                "or the file is of another dataset; restore it from a copy, or run `fastlatent repair`"
             )
         if name.endswith(".offsets") and name != "key.offsets":
             check_offsets(column, len(shard.columns[name.removesuffix(".offsets")]), name, str(file))

@@ -30,18 +30,26 @@ class Cutter:
         """
         left = dict(wanted)
         place = {pair: i for i, pair in enumerate(wanted)}
+        groups: dict[str, list[Pair]] = {}
+        for pair, one in wanted.items():
+            groups.setdefault(one.entry.group, []).append(pair)
+
+        def whole(pairs: list[Pair]) -> bool:
+            """Whether a unit's groups are what they were: one that changed since it was planned is encoded anew."""
+            names = dict.fromkeys(wanted[pair].entry.group for pair in pairs if pair in wanted)
+            return "" in names or [pair for name in names for pair in groups[name]] == pairs
+
         units: list[Unit] = []
         for unit in pending:
-            pairs = [(encode_key(item.key), item.digest) for item in unit.items]
-            if unit.id in committed and any(pair in left for pair in pairs):
+            pairs = _pairs(unit)
+            if unit.id in committed and any(pair in left for pair in pairs) and whole(pairs):
                 units.append(unit)
                 for pair in pairs:
                     left.pop(pair, None)
         open_units = [unit for unit in pending if unit.id not in committed]
-        if all(self._holds(unit, left) for unit in open_units):
+        if all(self._holds(unit, left) and whole(_pairs(unit)) for unit in open_units):
             for unit in open_units:
-                pairs = [(encode_key(item.key), item.digest) for item in unit.items]
-                units.append(self._unit([left.pop(pair) for pair in pairs]))
+                units.append(self._unit([left.pop(pair) for pair in _pairs(unit)]))
         for bucket in range(len(self.schema.buckets)):
             files = [one for one in left.values() if one.entry.bucket == bucket]
             units += [self._unit(part) for part in self._parts(files)]
@@ -73,3 +81,7 @@ class Cutter:
             PlannedItem(one.entry.key, one.entry.path, one.digest, one.entry.size, one.entry.mtime_ns) for one in files
         )
         return Unit.of(self.fingerprint, self.schema.buckets[files[0].entry.bucket], items)
+
+
+def _pairs(unit: Unit) -> list[Pair]:
+    return [(encode_key(item.key), item.digest) for item in unit.items]

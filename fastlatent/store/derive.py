@@ -101,6 +101,13 @@ def merge(paths: list[Path], out: Path, *, copy: bool) -> Derived:
                 f"{first.path} and {other.path}: expected the same fields and groups in both, got "
                 f"{first.root['fields']} and {other.root['fields']}"
             )
+        buckets = (first.buckets[0], other.buckets[0])
+        kinds = [(one.shape[0], len(one.shape), one.channels, one.dtype) for one in buckets]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{first.path} and {other.path}: expected rows of one kind and dtype, got {first.buckets[0]} and "
+                f"{other.buckets[0]}"
+            )
     _refuse_twice(parents, "key", [[*key_list(dataset_index(one)), *_quarantined(one)] for one in parents])
     if first.groups is not None:
         _refuse_twice(parents, "group", [group_keys(dataset_index(one)) for one in parents])
@@ -181,6 +188,14 @@ def select(path: Path, conditions: Conditions, out: Path, *, copy: bool) -> Deri
         new[old] = np.arange(len(old))
         keep &= new[label] >= 0
         classes, index = [classes[i] for i in old], index | {"label": new[label]}
+    if parent.groups is not None:
+        size, kept = np.bincount(index["group"]), np.bincount(index["group"], keep)
+        torn = np.flatnonzero((kept > 0) & (kept < size))
+        if len(torn):
+            raise ValueError(
+                f"{path}: expected conditions that a group meets as a whole (its rows are one read), {len(torn)} "
+                f"groups meet them in part, {parent.groups.key(int(torn[0]))!r} first"
+            )
     if not keep.any():
         raise ValueError(f"{path}: expected at least one sample that meets the conditions, got 0 of {len(parent)}")
     known = not conditions.classes and not conditions.min_size  # quarantine knows neither label nor size

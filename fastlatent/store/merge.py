@@ -51,23 +51,25 @@ def quarantined_files(current: Dataset | None) -> dict[Pair, dict[str, Any]]:
 
 
 def changed_groups(current: Dataset | None, files: list[Scanned]) -> set[Pair]:
-    """The pairs of every group that has gained, lost or changed a file since `current`: it must be encoded anew.
+    """The pairs of every group whose rows do not follow each other in one shard, in its order: it is encoded anew.
 
-    A group is one contiguous read, and rows never move.
+    It gained or lost a file, or changed one, since `current`; or that had no groups, or lost them to damage.
     """
-    if current is None or current.groups is None:
+    if current is None or not any(one.entry.group for one in files):
         return set()
-    groups = current.groups
-    before: dict[str, list[Pair]] = {groups.key(i): [] for i in range(len(groups))}
-    names = list(before)
-    for pair, i in index_rows(current).items():
-        before[names[groups.group[i]]].append(pair)
-    bad = quarantined_files(current)
-    now: dict[str, list[Pair]] = {}
+    indexed, bad = index_rows(current), quarantined_files(current)
+    shard, row = current.shard.tolist(), current.row.tolist()
+    groups: dict[str, list[Pair]] = {}
     for one in files:
         if one.pair not in bad:
-            now.setdefault(one.entry.group, []).append(one.pair)
-    return {pair for name, pairs in now.items() if pairs != before.get(name) for pair in pairs}
+            groups.setdefault(one.entry.group, []).append(one.pair)
+
+    def whole(pairs: list[Pair]) -> bool:
+        at = [indexed.get(pair, -1) for pair in pairs]
+        follows = [(shard[at[0]], row[at[0]] + k) for k in range(len(at))]
+        return min(at) >= 0 and [(shard[i], row[i]) for i in at] == follows
+
+    return {pair for pairs in groups.values() if not whole(pairs) for pair in pairs}
 
 
 def revive(current: Dataset | None, wanted: set[Pair]) -> dict[Pair, Place]:
@@ -166,13 +168,16 @@ def published(dataset: Dataset) -> DatasetInfo:
     )  # fmt: skip
 
 
-def clean(path: Path, generation: int) -> None:
-    """Remove plans and journals of generations up to `generation`. Never a shard."""
+def clean(path: Path, generation: int, *, empty: bool) -> None:
+    """Remove plans and journals of generations up to `generation`. Never a shard.
+
+    `empty`: also journals without a whole line; while a plan is pending, a writer may be about to write its first.
+    """
     for plan in (path / PLAN).glob("*.json"):
         if plan.stem.isdecimal() and int(plan.stem) <= generation:
             _remove(plan)
     for journal in (path / JOURNAL).glob("*.jsonl"):
-        if journal_generation(journal) <= generation:
+        if (0 if empty else 1) <= journal_generation(journal) <= generation:
             _remove(journal)
 
 

@@ -89,7 +89,7 @@ class Dataset:
         if found != self.fingerprint:
             raise ValueError(
                 f"{path / PROVENANCE}: expected what has the fingerprint {self.fingerprint}, got {found}: "
-                "the file was edited; restore it from a copy"
+                "the file was edited; restore it from a copy, or run `fastlatent repair`"
             )
         self.classes: list[str] = member(root, "classes", list, what)
         if not all(isinstance(name, str) for name in self.classes):
@@ -331,7 +331,7 @@ def _checked_root(file: Path) -> dict[str, Any]:
     if stated != found:
         raise ValueError(
             f"{file}: expected contents with xxh3_128 {stated}, got {found}: the file was "
-            "edited or damaged; restore it from a copy, or encode into a new folder"
+            "edited or damaged; restore it from a copy, or run `fastlatent repair`"
         )
     for field in member(root, "fields", list, str(file)):
         name = member(field, "name", str, f"{file}: fields")

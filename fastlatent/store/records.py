@@ -73,7 +73,7 @@ class FileRecord:
         if (len(data), digest) != (self.bytes, self.xxh3_128):
             raise ValueError(
                 f"{path}: expected {self.bytes} bytes with xxh3_128 {self.xxh3_128}, got {len(data)} bytes "
-                f"with {digest}: the file is damaged; restore it from a copy, or encode into a new folder"
+                f"with {digest}: the file is damaged; restore it from a copy, or run `fastlatent repair`"
             )
 
     def read_json(self, root: Path) -> Any:
@@ -124,7 +124,11 @@ class Field:
         return {"name": self.name, "required": False, "dtype": self.dtype, "shape": list(self.shape)}
 
 
-TAKEN = frozenset(PAYLOADS) | {"sample_id", "key", "src_xxh3", "orig_hw", "crop", "row_xxh3", "group", "label"}
+# Columns of shard and index, and what a loader's batch has besides.
+TAKEN = frozenset(PAYLOADS) | {
+    "sample_id", "key", "src_xxh3", "orig_hw", "crop", "row_xxh3", "group", "label",
+    "key_hash", "scale", "epoch", "order",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

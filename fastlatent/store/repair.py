@@ -33,7 +33,7 @@ from fastlatent.store.files import (
     read_bytes,
     write_atomic,
 )
-from fastlatent.store.generation import Contents, publish
+from fastlatent.store.generation import Contents, keep_copy, publish
 from fastlatent.store.live import (
     count_rows,
     live_statistics,
@@ -112,6 +112,7 @@ def repair(path: Path | str, *, threads: int, on_progress: Progress | None = Non
             if name not in (ROOT, PROVENANCE):
                 _set_aside(report, name)
         if report.generation is not None:
+            keep_copy(path)  # where that of this generation was damaged
             Dataset.open(path)
         return report
     finally:

@@ -7,7 +7,15 @@ from contextlib import closing, suppress
 import numpy as np
 
 from fastlatent.store.live import Columns, shard_statistics, take
-from fastlatent.store.records import ShardRecord, decode_key, digest_strings, key_columns, key_hashes, key_list
+from fastlatent.store.records import (
+    ShardRecord,
+    decode_key,
+    digest_strings,
+    encode_key,
+    key_columns,
+    key_hashes,
+    key_list,
+)
 from fastlatent.store.shard import Shard
 from fastlatent.store.verify import SHARDS, Examined, hash_file
 
@@ -69,7 +77,8 @@ def index_from_shards(seen: Examined, shards: list[ShardRecord], old: Columns | 
         index = take(old, np.flatnonzero(live))
         at = np.array([places[pair] for pair in pairs if pair in places], np.int64).reshape(-1, 2)
         return index | {"shard": at[:, 0].astype("<u4"), "row": at[:, 1].astype("<u4")}, live
-    keys = sorted(latest)
+    apart = {encode_key(one["key"]) for one in seen.quarantine or ()}  # what a shard holds of them is an earlier state
+    keys = sorted(latest.keys() - apart)
     at = np.array([latest[key] for key in keys], np.int64).reshape(-1, 2)
     buckets = np.array([one.bucket for one in shards], "<u2")
     count = len(keys)

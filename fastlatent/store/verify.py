@@ -366,6 +366,11 @@ def _check_index(seen: Examined) -> None:
     _, first = np.unique(places, return_index=True)
     for i in np.setdiff1d(np.arange(len(keys)), first).tolist():
         seen.find(path, "expected a row of its own, got one that an earlier sample has", decode_key(keys[i]))
+    if "group" in seen.index:
+        group, order, shard, row = (seen.index[name].astype(np.int64) for name in ("group", "order", "shard", "row"))
+        parts = (np.diff(shard) != 0) | (np.diff(row) != 1) | (np.diff(order) <= 0)
+        for i in np.flatnonzero((np.diff(group) == 0) & parts).tolist():
+            seen.find(path, "expected to lie behind the sample of its group before it", decode_key(keys[i + 1]))
     both = {decode_key(key) for key in keys} & {str(one.get("key")) for one in seen.quarantine or ()}
     for name in sorted(both):
         seen.find(path, "expected a sample or a file in quarantine, got both", name)

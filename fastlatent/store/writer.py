@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from fastlatent.store import lease
 from fastlatent.store.admission import check_ours, check_provenance, check_schema, check_shards
 from fastlatent.store.build import (
@@ -140,7 +142,7 @@ class DatasetWriter:
                 lock.share()
             if current:
                 keep_copy(path)
-                clean(path, current.generation)
+                clean(path, current.generation, empty=False)
             return cls(path, lock, leases, provenance, list(classes), unit_rows, schema, current)
         except BaseException:
             try:
@@ -219,7 +221,7 @@ class DatasetWriter:
             [*self._units],
         )
         if not fits:
-            if pending is None and (not files or self._is_current(files)):  # `finish` refuses to have no files
+            if pending is None and (not files or (not units and self._is_current(files))):  # no files: `finish` refuses
                 self._scan = files
                 return True
             if not planning:
@@ -346,15 +348,17 @@ class DatasetWriter:
                 f"unit {unit.id}: expected rows for {len(items)} keys in the unit's order, got "
                 f"{len(rows.keys)} keys that begin {rows.keys[:3]!r:.200}"
             )
-        rows.check(unit, self._schema.payload, self._schema.extras)
         others = {one.dtype for one in self._committed.values() if one.shard}
         others |= {one.dtype for one in self._current.buckets} if self._current else set()
-        if others - {rows.dtype}:
-            raise ValueError(f"rows: expected {others.pop()} as in the rest of the dataset, got {rows.dtype}")
-        finite = rows.finite()
+        dtype = rows.dtype if items else next(iter(others), "F16")  # of no ragged row nothing says the dtype
+        if items:
+            rows.check(unit, self._schema.payload, self._schema.extras)
+        if others - {dtype}:
+            raise ValueError(f"rows: expected {others.pop()} as in the rest of the dataset, got {dtype}")
+        finite = rows.finite() if items else np.zeros(0, bool)
         for item, good in zip(items, finite, strict=True):
             if not good:
-                reason = f"its latent holds NaN or infinity (as {rows.dtype})"
+                reason = f"its latent holds NaN or infinity (as {dtype})"
                 bad[item.key] = Quarantined(item.key, item.digest, reason, "FloatingPointError")
         self._look()
         if unit.id in self._committed or self._finished():
@@ -366,7 +370,7 @@ class DatasetWriter:
             schema = self._schema
             shard = write_rows(self.path, self._hashed, unit, kept, rows.kept(finite), schema.payload, schema.extras)
         order = tuple(bad[item.key] for item in unit.items if item.key in bad)
-        committed = Committed(self._generation, unit.id, rows.dtype, shard, order)
+        committed = Committed(self._generation, unit.id, dtype, shard, order)
         self._journal.append(committed)
         self._committed[unit.id] = committed
         self._own.add(unit.id)
@@ -394,7 +398,7 @@ class DatasetWriter:
                 info = published(current)
             else:
                 info = self._merge()
-            clean(self.path, self._generation)
+            clean(self.path, self._generation, empty=True)
         for unit in self._units:
             self._leases.release(unit)
         self._journal.close()

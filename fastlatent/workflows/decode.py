@@ -42,8 +42,7 @@ def decode(config: DecodeConfig) -> None:
         dataset = LatentDataset(path)
         made_by = dataset.autoencoder
         names = [dataset.store.key(i) for i in range(min(len(dataset), config.limit or len(dataset)))]
-        if dataset.store.payload == "tokens" or len(dataset.row_shape) != 4:
-            raise ValueError(f"{path}: expected latents of images, got {dataset.store.payload} {dataset.row_shape}")
+        check_images(dataset)
         channels = dataset.store.buckets[0].channels
         read: Callable[[int, int], Tensor] = functools.partial(dataset_means, dataset)
     else:
@@ -58,6 +57,13 @@ def decode(config: DecodeConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     keep_config(output / "decode.yaml", config)
     decode_to_folder(read, vae, output, names=names, batch_size=config.batch_size, columns=config.columns)
+
+
+def check_images(dataset: LatentDataset) -> None:
+    """Raise ValueError unless the rows are latents of images, all of one shape."""
+    if dataset.store.payload == "tokens" or len(dataset.row_shape) != 4:
+        path, payload = dataset.store.path, dataset.store.payload
+        raise ValueError(f"{path}: expected latents of images, got {payload} {dataset.row_shape}")
 
 
 def dataset_means(dataset: LatentDataset, begin: int, end: int) -> Tensor:

@@ -41,7 +41,7 @@ def _dataset(path: Path, state: Any) -> dict[str, Any]:
             "rows": f"{state.done_rows} of {state.planned_rows} done, {state.planned_rows - state.done_rows} missing",
             "quarantined": state.quarantined,
             "bytes": state.bytes,
-            "latents": [{"shape [F, 2C, H, W]": list(shape)} for shape in state.shapes],
+            "latents": [{"shape": list(shape)} for shape in state.shapes],
             "statistics": _statistics(state.statistics) if state.statistics else None,
         }
     if not (path / ROOT).exists():
@@ -54,8 +54,7 @@ def _dataset(path: Path, state: Any) -> dict[str, Any]:
         "shards": len(dataset.shards),
         "bytes": sum(shard.bytes for shard in dataset.shards),
         "latents": [
-            {"shape [F, 2C, H, W]": list(bucket.shape), "dtype": bucket.dtype, "rows": bucket.rows}
-            for bucket in dataset.buckets
+            {"shape": list(bucket.shape), "dtype": bucket.dtype, "rows": bucket.rows} for bucket in dataset.buckets
         ],
         "classes": len(dataset.classes),
         "rows per class": _per_class(dataset),
@@ -85,7 +84,7 @@ def _file(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         shard = Shard.open(path)
         metadata = {name: _parsed(text) for name, text in shard.metadata.items()}
-        kind = "latent shard" if "fls.format" in metadata else "safetensors file"
+        kind = "latent shard" if "fls.fields" in metadata else "safetensors file"
         if any(name.startswith("fastlatent-latents/") for name in metadata):
             kind = "sampled latents"
         tensors = {
@@ -154,13 +153,14 @@ def _sheet(config: InspectConfig, path: Path) -> None:
     from fastlatent.data.latents import LatentDataset
     from fastlatent.media.images import to_uint8
     from fastlatent.media.sheets import save_sheet
-    from fastlatent.workflows.decode import dataset_means, load_matching_autoencoder
+    from fastlatent.workflows.decode import check_images, dataset_means, load_matching_autoencoder
     from fastlatent.workflows.latent_files import read_latent_file
 
     if path.is_dir():
         dataset = LatentDataset(path)
+        check_images(dataset)
         latents = dataset_means(dataset, 0, min(config.rows, len(dataset)))
-    elif "fls.format" in (shard := Shard.open(path)).metadata:
+    elif "fls.fields" in (shard := Shard.open(path)).metadata:
         name = json.loads(shard.metadata["fls.fields"])[0]
         scale = shard.columns.get(f"{name}.scale")
         rows = slice(0, config.rows)

@@ -26,7 +26,8 @@ def verify(config: VerifyConfig) -> int:
         findings, again = reencode(config)
     print_findings(findings)
     depth = f"{report.bytes / 2**20:,.1f} MiB read" if report.full else "headers; --full reads every byte"
-    verdict = f"{len(findings)} findings; `fastlatent repair` takes them out" if findings else "sound"
+    remedy = "`fastlatent repair` takes them out" if report.findings else "they are not what these settings give"
+    verdict = f"{len(findings)} findings; {remedy}" if findings else "sound"
     held = f"generation {report.generation}, {report.rows:,} rows in {report.shards} shards"
     print(f"{report.path}: {held} ({depth}){again}: {verdict}")
     return 1 if findings else 0

@@ -1,16 +1,20 @@
 """What rows may hold besides images' moments: buckets, groups, ragged tokens, int8, further tensors."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import xxhash
 
-from fastlatent.store.reader import Dataset
+from fastlatent.store.derive import Conditions, merge, select
+from fastlatent.store.reader import Dataset, root_digest
 from fastlatent.store.records import RAGGED, Field, Quarantined, Schema
 from fastlatent.store.rows import Rows, quantize
 from fastlatent.store.scan import Entry
+from fastlatent.store.shard import Shard
 from fastlatent.store.statistics import Statistics
+from fastlatent.store.verify import verify
 from fastlatent.store.writer import DatasetWriter
 
 WIDE, TALL = (1, 4, 2, 3), (1, 4, 3, 2)
@@ -392,3 +396,102 @@ def test_statistics_of_chunks_equal_those_of_all(monkeypatch):
     parts = Statistics.of(values, "F32", "tokens")
     assert whole.count == parts.count == 300
     np.testing.assert_allclose(parts.m2, whole.m2, rtol=1e-13)
+
+
+def entries_of(toy, source, keys, places):
+    entries = []
+    for i, key in enumerate(keys):
+        if not (source / key).exists():
+            toy.write_file(source, key, key.encode())
+        stat = (source / key).stat()
+        entries.append(Entry(key, str(source / key), -1, stat.st_size, stat.st_mtime_ns, **places(i)))
+    return entries
+
+
+@pytest.mark.parametrize("committed", [0, 1, 2])
+@pytest.mark.parametrize("keys", [["a", "b", "c", "d"], ["a", "c"], ["c", "a", "b"]])
+def test_a_group_that_changes_while_a_plan_is_pending_stays_in_one_piece(toy, tmp_path, committed, keys):
+    schema, source = Schema(((1, 4, 2, 2),)), tmp_path / "s"
+
+    def places(names):
+        return lambda i: {"group": "z" if names[i] in "xy" else "g", "order": i}
+
+    first = ["a", "b", "c", "x", "y"]
+    with DatasetWriter.open(tmp_path / "d", toy.PROVENANCE, [], unit_rows=3, schema=schema) as writer:
+        for unit in writer.plan(entries_of(toy, source, first, places(first)))[:committed]:
+            writer.commit(unit, random_rows(schema, unit))
+    now = [*keys, "x", "y"]
+    with DatasetWriter.open(tmp_path / "d", toy.PROVENANCE, [], unit_rows=3, schema=schema) as writer:
+        for unit in writer.plan(entries_of(toy, source, now, places(now))):
+            writer.commit(unit, random_rows(schema, unit))
+        writer.finish()
+    dataset = Dataset.open(tmp_path / "d")
+    assert [dataset.group_rows(i)[2] for i in range(2)] == [len(keys), 2]
+    assert [dataset.key(i) for i in range(len(dataset))] == now
+    assert not verify(tmp_path / "d", full=True, threads=1).findings
+
+
+def test_groups_of_a_dataset_that_had_none(toy, tmp_path):
+    schema = Schema(((1, 4, 2, 2),))
+    write(toy, tmp_path / "d", tmp_path / "s", schema, unit_rows=4, keys=FRAMES)
+    # In key order 0, 1, 10, 11, 2 ... no group of these lies in one piece.
+    again = write(toy, tmp_path / "d", tmp_path / "s", schema, frame, unit_rows=4, keys=FRAMES)
+    assert sorted(again) == sorted(FRAMES)
+    assert [Dataset.open(tmp_path / "d").group_rows(i)[2] for i in range(3)] == [3, 3, 6]
+
+
+def test_a_group_in_pieces_is_found(toy, tmp_path):
+    write(toy, tmp_path / "d", tmp_path / "s", Schema(((1, 4, 2, 2),)), frame, unit_rows=4, keys=FRAMES)
+    assert not verify(tmp_path / "d", full=True, threads=1).findings
+    root = json.loads((tmp_path / "d/dataset.json").read_text())
+    record = root["indexes"][0]
+    file = tmp_path / "d" / record["path"]
+    index = Shard.open(file)
+    index.columns["order"][1] = index.columns["order"][0]
+    data = bytes(index.mapping)
+    file.write_bytes(data)
+    record |= {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+    root["xxh3_128"] = root_digest(root)
+    (tmp_path / "d/dataset.json").write_text(json.dumps(root))
+    (finding,) = verify(tmp_path / "d", full=True, threads=1).findings
+    assert "before it" in str(finding)
+
+
+def test_a_unit_of_bad_files_alone(toy, tmp_path):
+    schema = Schema(((1, RAGGED, 3),), "tokens")
+    entries = entries_of(toy, tmp_path / "s", ["a", "b"], lambda i: {})
+    with DatasetWriter.open(tmp_path / "d", toy.PROVENANCE, [], unit_rows=1, schema=schema) as writer:
+        first, second = writer.plan(entries)
+        writer.commit(first, Rows([], []), [Quarantined("a", first.items[0].digest, "bad", "Error")])
+        writer.commit(second, Rows(["b"], [np.ones((2, 3), np.float32)]))
+        assert writer.finish().quarantined == 1
+    assert Dataset.open(tmp_path / "d").buckets[0].dtype == "F32"
+
+
+def test_a_journal_about_to_be_written_stays(toy, tmp_path, source):
+    # Between making its file and writing its first line another writer opens the dataset.
+    toy.build(tmp_path / "d", source)
+    empty = tmp_path / "d/journal" / f"{'0' * 32}.jsonl"
+    empty.parent.mkdir(exist_ok=True)
+    empty.touch()
+    with DatasetWriter.open(tmp_path / "d", toy.PROVENANCE, ["ant", "bee", "cat"], unit_rows=2, schema=toy.SCHEMA):
+        assert empty.exists()
+
+
+@pytest.mark.parametrize("other", [{"dtype": "I8"}, {"shape": (1, 8, 2, 2)}, {"shape": (2, 4, 2, 2)}])
+def test_datasets_of_other_rows_are_not_merged(toy, tmp_path, other):
+    shape = other.pop("shape", (1, 4, 2, 2))
+    write(toy, tmp_path / "a", tmp_path / "s", Schema(((1, 4, 2, 2),)), keys=["a", "b"])
+    write(toy, tmp_path / "b", tmp_path / "s", Schema((shape,)), keys=["c", "d"], **other)
+    with pytest.raises(ValueError, match="rows of one kind and dtype"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c", copy=False)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_filter_takes_groups_as_a_whole(toy, tmp_path):
+    write(toy, tmp_path / "d", tmp_path / "s", Schema(((1, 4, 2, 2),)), frame, unit_rows=4, keys=FRAMES)
+    with pytest.raises(ValueError, match="a group meets as a whole .*1 groups meet them in part, 'trajectory0' first"):
+        select(tmp_path / "d", Conditions(keys=("frame1.jpg",)), tmp_path / "c", copy=False)
+    whole = tuple(FRAMES[i] for i in range(12) if OF[i] == 2)
+    select(tmp_path / "d", Conditions(keys=whole), tmp_path / "c", copy=False)
+    assert Dataset.open(tmp_path / "c").group_rows(0)[2] == 6
