@@ -22,14 +22,12 @@ Also here: what writing a dataset costs against writing plain bytes, and what op
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,23 +206,14 @@ def describe(row: Row) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--list", action="store_true", help="print cases and their providers, and exit")
-    parser.add_argument("--case", action="append", metavar="KEY", help="only this case; may be repeated")
-    parser.add_argument("--seconds", type=float, default=0.5, help="sampling time per provider and case")
+    parser = harness.case_parser((__doc__ or "").split("\n")[0])
     parser.add_argument("--cache", type=Path, help="where the packages' environments are kept; default: nowhere")
     parser.add_argument("--work", type=Path, help="where the data is written; default: the temporary folder")
     parser.add_argument("--dataset-rows", type=int, default=DATASET_ROWS, help="fewer, for a trial")
     args = parser.parse_args(argv)
     cases = make_cases(args.work or Path(tempfile.gettempdir()), args.dataset_rows)
-    if args.case and (unknown := set(args.case) - {case.key for case in cases}):
-        parser.error(f"no such case: {', '.join(sorted(unknown))}; see --list")
-    chosen = [case for case in cases if not args.case or case.key in args.case]
-    if args.list:
-        for case in chosen:
-            print(json.dumps({"key": case.key, **asdict(case)}))
-        return []
-    return measure(chosen, args.seconds, args.cache, args.work)
+    chosen = harness.chosen_cases(parser, args, cases)
+    return measure(chosen, args.seconds, args.cache, args.work) if chosen else []
 
 
 def measure(cases: Sequence[Case], seconds: float, cache: Path | None, work: Path | None) -> list[Row]:

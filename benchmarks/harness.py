@@ -284,23 +284,37 @@ def describe(row: Row) -> str:
     return text + (f" {row.ratio:6.2f}x {row.rival}" if row.ratio is not None else "")
 
 
-def main(
-    cases: Sequence[Case],
-    prepare: Callable[[Case], AbstractContextManager[Prepared]],
-    argv: Sequence[str] | None = None,
-) -> list[Row]:
-    """The command line of a benchmark file (module docstring). Returns the rows written."""
-    parser = argparse.ArgumentParser()
+def case_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--list", action="store_true", help="print cases and their providers, and exit")
     parser.add_argument("--case", action="append", metavar="KEY", help="only this case; may be repeated")
     parser.add_argument("--seconds", type=float, default=0.5, help="sampling time per provider and case")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def chosen_cases(parser: argparse.ArgumentParser, args: argparse.Namespace, cases: Sequence[Case]) -> list[Case]:
+    """Those that --case names, or all; none where --list was given, which prints them."""
     if args.case and (unknown := set(args.case) - {case.key for case in cases}):
         parser.error(f"no such case: {', '.join(sorted(unknown))}; see --list")
     chosen = [case for case in cases if not args.case or case.key in args.case]
     if args.list:
         for case in chosen:
             print(json.dumps({"key": case.key, **asdict(case)}))
+        return []
+    return chosen
+
+
+def main(
+    cases: Sequence[Case],
+    prepare: Callable[[Case], AbstractContextManager[Prepared]],
+    argv: Sequence[str] | None = None,
+) -> list[Row]:
+    """The command line of a benchmark file (module docstring). Returns the rows written."""
+    parser = case_parser()
+    args = parser.parse_args(argv)
+    chosen = chosen_cases(parser, args, cases)
+    if not chosen:
         return []
     path = results_path()
     print(f"{platform.python_version()} torch {torch.__version__} -> {path}", file=sys.stderr)

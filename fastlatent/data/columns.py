@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from fastlatent.store.reader import Dataset
+from fastlatent.store.rows import row_digest
 from fastlatent.store.shard import DTYPES
 
 
@@ -51,17 +51,15 @@ def check_row_digests(store: Dataset, indices: np.ndarray, batch: dict[str, Tens
     if scale is None and store.buckets[0].dtype == "I8":
         raise ValueError("check_rows: expected `scale` among the columns, since an int8 row's checksum covers it")
 
-    def row(values: Tensor, i: int) -> memoryview:
+    def row(values: Tensor, i: int) -> np.ndarray:
         part = values[i] if offsets is None else values[int(offsets[i]) : int(offsets[i + 1])]
-        return part.reshape(-1).view(torch.uint8).numpy().data
+        return part.reshape(-1).view(torch.uint8).numpy()
 
     for i, sample in enumerate(indices.tolist()):
         number, at = int(store.shard[sample]), int(store.row[sample])
         shard = store.open_shard(number)
-        digest = xxhash.xxh3_64(row(payload, i))
-        if scale is not None:
-            digest.update(row(scale, i))
-        expected, found = int(shard.columns["row_xxh3"][at]), digest.intdigest()
+        found = row_digest(*(row(values, i) for values in (payload, scale) if values is not None))
+        expected = int(shard.columns["row_xxh3"][at])
         if found != expected:
             raise ValueError(
                 f"{shard.path}: row {at} ({store.key(sample)!r}): expected xxh3_64 {expected:016x}, got {found:016x}: "

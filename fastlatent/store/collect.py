@@ -12,13 +12,13 @@ import numpy as np
 from fastlatent.store.build import JOURNAL, PLAN, Lock, journal_generation, plan_path, read_journals
 from fastlatent.store.files import TEMPORARY, fsync_directory
 from fastlatent.store.generation import Contents, publish
+from fastlatent.store.lease import LEASE
 from fastlatent.store.live import dataset_index, renumber
 from fastlatent.store.reader import GENERATION, Dataset
 from fastlatent.store.records import ROOT, FileRecord, ShardRecord
 from fastlatent.store.repair import DAMAGED
 from fastlatent.store.verify import SHARDS
 
-LEASE = "lease"
 SHARD_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}\.safetensors")
 OF_A_GENERATION = re.compile(r"\d{6,}\.(json|safetensors)")
 UNFINISHED = re.compile(re.escape(TEMPORARY) + r".*-[0-9a-f]{32}")

@@ -96,7 +96,7 @@ class Dataset:
             raise ValueError(f"{what}: 'classes': expected strings, got {self.classes!r:.200}")
         totals = member(root, "totals", dict, what)
         self.totals = Totals(*(natural(totals, name, what) for name in ("rows", "shards", "bytes", "quarantined")))
-        self.payload, self.extras = _fields(root, what)
+        self.payload, self.extras = read_fields(root, what)
         buckets = member(root, "buckets", list, what)
         self.buckets = [Bucket.parse(one, f"{what}: buckets", self.payload) for one in buckets]
         self.shards = _read_manifests(path, root, self.fingerprint, len(self.buckets))
@@ -374,7 +374,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
     return value
 
 
-def _fields(root: Mapping[str, Any], what: str) -> tuple[str, list[Field]]:
+def read_fields(root: Mapping[str, Any], what: str) -> tuple[str, list[Field]]:
     """The payload, and the further tensors of every row that are described as this version describes them."""
     fields = member(root, "fields", list, what)
     payloads = [field["name"] for field in fields if field.get("required") is not False]

@@ -106,12 +106,8 @@ class Rows:
             _check(one.name, self.extras[one.name], count, one.shape, unit, dtype)
 
     def finite(self) -> np.ndarray:
-        """bool [N]: no value is infinity or NaN, nor, of int8 rows, a scale. 3x as fast as isfinite on float16."""
-        values, dtype = (self.payload, self.dtype) if self.scale is None else (self.scale, "F32")
-        mask, bits = EXPONENTS[dtype]
-
-        flat = (np.ascontiguousarray(row).view(bits) for row in values)
-        return np.array([not ((row & mask) == mask).any() for row in flat], bool)
+        """bool [N]: no value is infinity or NaN, nor, of int8 rows, a scale."""
+        return finite_rows(self.payload, self.dtype) if self.scale is None else finite_rows(self.scale, "F32")
 
     def kept(self, keep: np.ndarray) -> Rows:
         """Those where `keep` (bool [N])."""
@@ -166,13 +162,14 @@ def write_rows(
     """Write a unit's shard into the dataset `path`; `items` are those of `rows`, which have been checked."""
     count, dtype = len(items), rows.dtype
     keys = [encode_key(item.key) for item in items]
+    parts_of_rows = zip(rows.payload, *([] if rows.scale is None else [rows.scale]), strict=True)
     columns = {
         "sample_id": key_hashes(keys),
         **key_columns(keys),
         "src_xxh3": digest_columns([item.digest for item in items]),
         "orig_hw": np.zeros((count, 2), "<i4") if rows.orig_hw is None else rows.orig_hw.astype("<i4"),
         "crop": np.zeros((count, 4), "<i4") if rows.crop is None else rows.crop.astype("<i4"),
-        "row_xxh3": _row_digests(rows),
+        "row_xxh3": np.array([row_digest(*parts) for parts in parts_of_rows], "<u8"),
     }
     bf16 = {payload} if dtype == "BF16" else set()
     for one in extras:
@@ -224,12 +221,16 @@ def _columns(name: str, values: Values) -> dict[str, np.ndarray]:
     return {f"{name}.offsets": offsets, name: np.concatenate(values)}
 
 
-def _row_digests(rows: Rows) -> np.ndarray:
-    """uint64 [N]: xxh3_64 of each row's bytes, of int8 rows followed by its scales' bytes."""
-    digests = []
-    for i, row in enumerate(rows.payload):
-        digest = xxhash.xxh3_64(np.ascontiguousarray(row).reshape(-1).view(np.uint8).data)
-        if rows.scale is not None:
-            digest.update(np.ascontiguousarray(rows.scale[i]).reshape(-1).view(np.uint8).data)
-        digests.append(digest.intdigest())
-    return np.array(digests, "<u8")
+def finite_rows(values: Values, dtype: str) -> np.ndarray:
+    """bool [N]: no value of row i is infinity or NaN. 3x as fast as isfinite on float16."""
+    mask, bits = EXPONENTS[dtype]
+    flat = (np.ascontiguousarray(row).view(bits) for row in values)
+    return np.array([not ((row & mask) == mask).any() for row in flat], bool)
+
+
+def row_digest(*parts: np.ndarray) -> int:
+    """xxh3_64 of a row's bytes, of int8 rows followed by its scales'."""
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    return digest.intdigest()

@@ -31,6 +31,7 @@ from fastlatent.store.reader import (
     INDEX_COLUMNS,
     PROVENANCE,
     Dataset,
+    read_fields,
     read_provenance,
     read_root,
     root_digest,
@@ -45,6 +46,7 @@ from fastlatent.store.records import (
     key_hashes,
     key_list,
 )
+from fastlatent.store.rows import finite_rows, row_digest
 from fastlatent.store.shard import Shard
 from fastlatent.store.statistics import Statistics
 
@@ -52,7 +54,6 @@ SHARDS = "shards"
 BLOCK_BYTES = 8 << 20  # read and hashed at a time
 # Another processor's exp() and order of summation differ in the last bits: 1e-15 of the largest term were seen.
 STATISTICS_TOLERANCE = 1e-12
-EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,7 @@ def sound_copies(path: Path) -> tuple[list[Path], list[Finding]]:
 
 def _read_fields(seen: Examined) -> None:
     assert seen.root is not None
-    fields = member(seen.root, "fields", list, ROOT)
-    payload = next(one["name"] for one in fields if one.get("required") is not False)
-    described = [one for one in fields if one.get("required") is False and {"dtype", "shape"} <= set(one)]
-    seen.extras = [Field.parse(one, f"{ROOT}: fields") for one in described]
+    payload, seen.extras = read_fields(seen.root, ROOT)
     seen.buckets = [Bucket.parse(one, f"{ROOT}: buckets", payload) for one in member(seen.root, "buckets", list, ROOT)]
 
 
@@ -315,14 +313,14 @@ def check_shard(seen: Examined, i: int, at: np.ndarray | None) -> list[Finding]:
         name = bucket.payload
         rows = payload_rows(shard, name)
         scaled = [payload_rows(shard, one) for one in (f"{name}.scale",) if one in shard.columns]
-        found = np.array([_row_digest(*parts) for parts in zip(rows, *scaled, strict=True)], "<u8")
+        found = np.array([row_digest(*parts) for parts in zip(rows, *scaled, strict=True)], "<u8")
         damaged = (found != shard.columns["row_xxh3"]) | (key_hashes(keys) != shard.columns["sample_id"])
         for row in np.flatnonzero(damaged).tolist():
             own.find(record.path, "its bytes are not those that its digest is of: damaged", names[row])
         if digest != record.xxh3_128:
             own.find(record.path, f"expected xxh3_128 {record.xxh3_128}, got {digest}: the file is damaged")
         dtype = "F32" if scaled else shard.dtypes[name]
-        bad = np.array([not _finite(row, dtype) for row in (scaled[0] if scaled else rows)], bool)
+        bad = ~finite_rows(scaled[0] if scaled else rows, dtype)
         for row in np.flatnonzero(bad & ~damaged).tolist():
             own.find(record.path, "it holds NaN or infinity", names[row])
         if seen.index is not None and at is not None:
@@ -408,16 +406,3 @@ def hash_file(path: Path) -> str:
     finally:
         os.close(fd)
     return digest.hexdigest()
-
-
-def _row_digest(*parts: np.ndarray) -> int:
-    """xxh3_64 of a row's bytes, of int8 rows followed by its scales'."""
-    digest = xxhash.xxh3_64()
-    for part in parts:
-        digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-    return digest.intdigest()
-
-
-def _finite(row: np.ndarray, dtype: str) -> bool:
-    bits, mask = EXPONENTS[dtype]
-    return not ((np.ascontiguousarray(row).view(bits) & mask) == mask).any()

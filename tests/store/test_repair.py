@@ -192,7 +192,9 @@ def test_work_of_an_interrupted_encode_is_kept(dataset, toy, source):
     class Stop(Exception):
         pass
 
-    def commit_one(unit, done=[]):  # noqa: B006
+    done = []
+
+    def commit_one(unit):
         if done:
             raise Stop
         done.append(unit)

@@ -1,5 +1,6 @@
 """What rows may hold besides images' moments: buckets, groups, ragged tokens, int8, further tensors."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -68,6 +69,10 @@ def test_refuses_a_schema(schema):
 # --- a writer of anything ---
 
 
+def draw_integers(generator, kind, shape):
+    return generator.integers(0, 100, shape).astype(kind)
+
+
 def random_rows(schema, unit, dtype="F16", per_token=False):
     """Decided by the keys alone."""
     generator = np.random.default_rng(
@@ -96,7 +101,7 @@ def random_rows(schema, unit, dtype="F16", per_token=False):
     for one in schema.extras:
         kind = np.dtype({"U8": "u1", "F32": "<f4", "BF16": "<u2", "I64": "<i8"}[one.dtype])
         shapes = [(int(n), *one.shape[1:]) for n in generator.integers(0, 4, count)] if one.ragged else None
-        draw = lambda shape, kind=kind: generator.integers(0, 100, shape).astype(kind)  # noqa: E731
+        draw = functools.partial(draw_integers, generator, kind)
         extras[one.name] = [draw(shape) for shape in shapes] if shapes is not None else draw((count, *one.shape))
     return Rows([item.key for item in unit.items], payload, scale=scale, extras=extras)
 
@@ -217,8 +222,7 @@ def test_what_int8_costs(count, cost):
 
 def test_buckets(toy, tmp_path):
     schema = Schema((WIDE, TALL))
-    places = lambda i: {"bucket": i % 2}  # noqa: E731
-    written = write(toy, tmp_path / "d", tmp_path / "s", schema, places, keys=KEYS)
+    written = write(toy, tmp_path / "d", tmp_path / "s", schema, lambda i: {"bucket": i % 2}, keys=KEYS)
     dataset = check_all(tmp_path / "d", written)
     assert [(one.shape, one.rows) for one in dataset.buckets] == [(WIDE, 4), (TALL, 4)]
     assert dataset.bucket.tolist() == [0, 1] * 4
