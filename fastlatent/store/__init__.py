@@ -53,8 +53,10 @@ The name is the unit's id, then the digest of the file. A unit's id is the diges
 
 INDEX: a safetensors file with the same padding; row i is sample i, in key order; exactly the files of the last scan:
     key_hash U64 [N] (= sample_id), bucket U16 [N], shard U32 [N] (its number in the manifests taken together), row
-    U32 [N], label I64 [N] (into "classes", -1 for none), src_size U64 [N], src_mtime_ns I64 [N], src_xxh3 U64 [N, 2],
-    orig_hw I32 [N, 2], crop I32 [N, 4], key.offsets U64 [N+1], key.utf8 U8. Labels are here and nowhere else.
+    U32 [N], label I64 [N] (into "classes", -1 for none), src_size U64 [N], src_mtime_ns I64 [N] (of the file; where
+    more than a file makes a row, a number that changes with any of it), src_xxh3 U64 [N, 2] (of the file's bytes, which
+    whatever else makes the row follows), orig_hw I32 [N, 2], crop I32 [N, 4], key.offsets U64 [N+1], key.utf8 U8.
+    Labels are here and nowhere else.
     With groups (trajectories, the clips of a video) the samples are ordered by group, place and key, and there are
     group U32 [N], its number, from 0 on and rising; order I64 [N], the place; group.offsets U64 [G+1], group.utf8 U8,
     the groups' keys. The rows of a group follow each other in one shard: it is one read.
@@ -66,7 +68,8 @@ required, dtype, shape} (a first size of -1: ragged); classes [name]; manifests,
 statistics {path, bytes, xxh3_128}; quarantine the same, or null; previous_generation (a number, or null); xxh3_128
 (digest of canonical JSON of all other members).
 MANIFEST: {format, fingerprint, shards [{unit, path, bytes, header_bytes, header_xxh3_64 (of the first header_bytes),
-xxh3_128, rows, bucket, first_key, last_key, statistics (of all its rows)}]}, in the order of the plan.
+xxh3_128, rows, bucket, first_key, last_key, statistics (of all its rows); environment, where it was made on another
+machine or with other software than the first one's}]}, in the order of the plan.
 STATISTICS: {count, mean, m2, posterior_variance, min, max, abs_max}, see `fastlatent.store.statistics`.
 QUARANTINE: {format, fingerprint, files [{key, digest, size, mtime_ns, reason, error}]}.
 

@@ -39,6 +39,26 @@ def check_provenance(path: Path, provenance: dict[str, Any]) -> None:
         )
 
 
+def foreign_environment(path: Path, provenance: dict[str, Any], *, allow_mixed: bool) -> dict[str, Any] | None:
+    """What each shard is to say of this machine: its environment if it is not the first writer's, else None.
+
+    Raises:
+        ValueError: it is another, and `allow_mixed` is false: values would differ in their last bits.
+    """
+    recorded = read_provenance(path)["informational"].get("environment")
+    ours = provenance["informational"].get("environment")
+    if recorded == ours or not isinstance(recorded, dict):
+        return None
+    if not allow_mixed:
+        lines = "\n  ".join(differences(recorded, ours))
+        raise ValueError(
+            f"{path} was begun on another machine or with other software:\n  {lines}\n"
+            "keys and order stay the same, but last bits of new rows will differ: go on there, or say --allow-mixed "
+            "(each shard then records where it was made)"
+        )
+    return ours
+
+
 def check_schema(current: Dataset, schema: Schema) -> None:
     if (current.payload, tuple(current.extras)) != (schema.payload, schema.extras):
         raise ValueError(

@@ -211,7 +211,10 @@ class Schema:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of one shard. `statistics` are over all its rows, also those not in use now."""
+    """What the manifest says of one shard. `statistics` are over all its rows, also those not in use now.
+
+    `environment`: of the machine that wrote it, where it is not the one of the dataset's first writer.
+    """
 
     unit: str
     path: str
@@ -224,9 +227,11 @@ class ShardRecord:
     first_key: str
     last_key: str
     statistics: Statistics
+    environment: dict[str, Any] | None = None
 
     @classmethod
     def parse(cls, value: object, what: str) -> ShardRecord:
+        environment = value.get("environment") if isinstance(value, dict) else None
         record = cls(
             unit=_digest(value, "unit", what),
             path=member(value, "path", str, what),
@@ -239,15 +244,17 @@ class ShardRecord:
             first_key=member(value, "first_key", str, what),
             last_key=member(value, "last_key", str, what),
             statistics=Statistics.from_dict(member(value, "statistics", dict, what), f"{what}: statistics"),
+            environment=environment if isinstance(environment, dict) else None,
         )
         if not record.rows:
             raise ValueError(f"{what}: 'rows': expected at least 1, got 0")
         return record
 
     def to_dict(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
-            "statistics": self.statistics.to_dict()
-        }
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.environment is None:
+            del values["environment"]
+        return values | {"statistics": self.statistics.to_dict()}
 
 
 @dataclass(frozen=True)

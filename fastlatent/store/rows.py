@@ -20,6 +20,7 @@ from fastlatent.store.records import (
     Bucket,
     Field,
     PlannedItem,
+    Schema,
     ShardRecord,
     Unit,
     digest_columns,
@@ -28,7 +29,7 @@ from fastlatent.store.records import (
     key_hashes,
 )
 from fastlatent.store.shard import DTYPES as SHARD_DTYPES
-from fastlatent.store.shard import write_shard
+from fastlatent.store.shard import layout, write_shard
 from fastlatent.store.statistics import Statistics
 
 # What a payload may be stored as, and the bits of an exponent of all ones: infinity or NaN.
@@ -160,16 +161,58 @@ def write_rows(
     extras: Sequence[Field] = (),
 ) -> ShardRecord:
     """Write a unit's shard into the dataset `path`; `items` are those of `rows`, which have been checked."""
+    dtype = rows.dtype
+    parts_of_rows = zip(rows.payload, *([] if rows.scale is None else [rows.scale]), strict=True)
+    digests = np.array([row_digest(*parts) for parts in parts_of_rows], "<u8")
+    columns, bf16, metadata = _contents(hashed, unit, items, rows, digests, payload, extras)
+    with ThreadPoolExecutor(1) as pool:  # while the disk is waited for
+        scale = columns.get(f"{payload}.scale")
+        statistics = pool.submit(Statistics.of, columns[payload], dtype, payload, scale)
+        file = write_shard(path / "shards" / metadata["fls.bucket"], unit.id, columns, bf16, metadata)
+    return ShardRecord(
+        unit=unit.id,
+        path=file.path.relative_to(path).as_posix(),
+        bytes=file.bytes,
+        header_bytes=file.header_bytes,
+        header_xxh3_64=file.header_xxh3_64,
+        xxh3_128=file.xxh3_128,
+        rows=len(items),
+        bucket=0,  # the merge numbers buckets
+        first_key=items[0].key,
+        last_key=items[-1].key,
+        statistics=statistics.result(),
+    )
+
+
+def shard_bytes(hashed: Mapping[str, object], unit: Unit, rows: Rows, schema: Schema) -> int:
+    """The size of the file that `write_rows` makes of all the unit's files, from shapes alone: no value is read."""
+    digests = np.zeros(len(unit.items), "<u8")
+    columns, bf16, metadata = _contents(
+        hashed, unit, list(unit.items), rows, digests, schema.payload, schema.extras
+    )  # fmt: skip
+    header, tensors = layout(columns, bf16, metadata)
+    return len(header) + sum(tensor.nbytes for tensor in tensors)
+
+
+def _contents(
+    hashed: Mapping[str, object],
+    unit: Unit,
+    items: list[PlannedItem],
+    rows: Rows,
+    digests: np.ndarray,
+    payload: str,
+    extras: Sequence[Field],
+) -> tuple[dict[str, np.ndarray], set[str], dict[str, str]]:
+    """A shard's columns in their order, which of them are bfloat16, and its metadata."""
     count, dtype = len(items), rows.dtype
     keys = [encode_key(item.key) for item in items]
-    parts_of_rows = zip(rows.payload, *([] if rows.scale is None else [rows.scale]), strict=True)
     columns = {
         "sample_id": key_hashes(keys),
         **key_columns(keys),
         "src_xxh3": digest_columns([item.digest for item in items]),
         "orig_hw": np.zeros((count, 2), "<i4") if rows.orig_hw is None else rows.orig_hw.astype("<i4"),
         "crop": np.zeros((count, 4), "<i4") if rows.crop is None else rows.crop.astype("<i4"),
-        "row_xxh3": np.array([row_digest(*parts) for parts in parts_of_rows], "<u8"),
+        "row_xxh3": digests,
     }
     bf16 = {payload} if dtype == "BF16" else set()
     for one in extras:
@@ -178,7 +221,6 @@ def write_rows(
     if rows.scale is not None:
         columns[f"{payload}.scale"] = np.concatenate(rows.scale) if isinstance(rows.scale, list) else rows.scale
     columns |= _columns(payload, rows.payload)
-    name = "x".join(map(str, unit.bucket))
     channels = Bucket(unit.bucket, dtype, 0, payload).channels
     moments = payload == "moments"
     metadata = {
@@ -186,30 +228,14 @@ def write_rows(
         "fls.fingerprint": fingerprint(hashed),
         "fls.provenance": canonical_json(hashed).decode(),
         "fls.unit": unit.id,
-        "fls.bucket": name,
+        "fls.bucket": "x".join(map(str, unit.bucket)),
         "fls.fields": canonical_json([payload, *(one.name for one in extras)]).decode(),
         "fls.scaling": "raw",
         "fls.pixel_range": str(hashed.get("pixel_range", "-1,1")),
         "fls.posterior": "mean,logvar" if moments else "none",
         "fls.channels": f"0..{channels - 1} mean" + (f", {channels}..{2 * channels - 1} logvar" if moments else ""),
     }
-    with ThreadPoolExecutor(1) as pool:  # while the disk is waited for
-        scale = columns.get(f"{payload}.scale")
-        statistics = pool.submit(Statistics.of, columns[payload], dtype, payload, scale)
-        file = write_shard(path / "shards" / name, unit.id, columns, bf16, metadata)
-    return ShardRecord(
-        unit=unit.id,
-        path=file.path.relative_to(path).as_posix(),
-        bytes=file.bytes,
-        header_bytes=file.header_bytes,
-        header_xxh3_64=file.header_xxh3_64,
-        xxh3_128=file.xxh3_128,
-        rows=count,
-        bucket=0,  # the merge numbers buckets
-        first_key=items[0].key,
-        last_key=items[-1].key,
-        statistics=statistics.result(),
-    )
+    return columns, bf16, metadata
 
 
 def _columns(name: str, values: Values) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import xxhash
@@ -15,6 +15,7 @@ from fastlatent.store.records import encode_key
 HASH_THREADS = 8  # reading many small files waits for the disk, not for the processor
 HASH_BLOCK = 4096  # files between two progress calls
 Pair = tuple[bytes, str]  # a key's bytes and its file's digest
+Known = tuple[int, int, str, int]  # what a file was when it was last read: size, mtime_ns, digest, bucket (-1: unknown)
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Entry:
 
     Attributes:
         key: its relative POSIX path. label: an index into the classes, or -1.
+        mtime_ns: of the file, or any number that changes whenever what its row is made of does.
         bucket: the shape that its row will have, an index into the schema's buckets.
         group, order: the key of the group it belongs to, and its place there; all files have a group, or none has.
     """
@@ -35,6 +37,10 @@ class Entry:
     bucket: int = 0
     group: str = ""
     order: int = 0
+
+
+# What a file's bytes tell: their digest, 32 hexadecimal digits, and its bucket. Called in several threads.
+Examine = Callable[[Entry], tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -84,23 +90,47 @@ def _check_groups(pairs: list[tuple[bytes, Entry]]) -> None:
 
 def scan(
     entries: list[tuple[bytes, Entry]],
-    known: Mapping[bytes, tuple[int, int, str]],
+    known: Mapping[bytes, Known],
+    examine: Examine | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[Scanned]:
-    """Every entry with its digest: that in `known` where its size and mtime_ns agree, else that of its bytes."""
-    digests = []
+    """Every entry with its digest: that in `known` where it `is_known`, else what `examine` says of its bytes.
+
+    With `examine` an entry's bucket is the one that is known or that it tells; without, its own.
+
+    Raises:
+        ValueError: a file cannot be read, or is no longer the one that was listed; a bucket out of place in a group.
+    """
+    found: list[Scanned | None] = []
     for key, entry in entries:
-        size, mtime_ns, digest = known.get(key, (-1, -1, ""))
-        digests.append(digest if (size, mtime_ns) == (entry.size, entry.mtime_ns) else "")
-    unread = [i for i, digest in enumerate(digests) if not digest]
+        if is_known(known, key, entry, examine):
+            _, _, digest, bucket = known[key]
+            found.append(Scanned(key, entry if examine is None else _in_bucket(entry, bucket), digest))
+        else:
+            found.append(None)
+    unread = [i for i, one in enumerate(found) if one is None]
+    read = examine or (lambda entry: (hash_file(entry), entry.bucket))
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         for start in range(0, len(unread), HASH_BLOCK):
             block = unread[start : start + HASH_BLOCK]
-            for i, digest in zip(block, pool.map(hash_file, [entries[i][1] for i in block]), strict=True):
-                digests[i] = digest
+            for i, (digest, bucket) in zip(block, pool.map(read, [entries[i][1] for i in block]), strict=True):
+                found[i] = Scanned(entries[i][0], _in_bucket(entries[i][1], bucket), digest)
             if on_progress is not None:
                 on_progress(start + len(block), len(unread))
-    return [Scanned(key, entry, digest) for (key, entry), digest in zip(entries, digests, strict=True)]
+    scanned = [one for one in found if one is not None]
+    if examine is not None and entries and entries[0][1].group:
+        _check_groups([(one.key, one.entry) for one in scanned])
+    return scanned
+
+
+def is_known(known: Mapping[bytes, Known], key: bytes, entry: Entry, examine: Examine | None) -> bool:
+    """Whether an entry need not be read again: size and mtime_ns are what they were, and so is its bucket if asked."""
+    size, mtime_ns, _, bucket = known.get(key, (-1, -1, "", -1))
+    return (size, mtime_ns) == (entry.size, entry.mtime_ns) and (examine is None or bucket >= 0)
+
+
+def _in_bucket(entry: Entry, bucket: int) -> Entry:
+    return entry if entry.bucket == bucket else replace(entry, bucket=bucket)
 
 
 def hash_file(entry: Entry) -> str:

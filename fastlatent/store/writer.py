@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastlatent.store import lease
-from fastlatent.store.admission import check_ours, check_provenance, check_schema, check_shards
+from fastlatent.store.admission import check_ours, check_provenance, check_schema, check_shards, foreign_environment
 from fastlatent.store.build import (
     PLAN,
     Committed,
@@ -46,14 +48,17 @@ from fastlatent.store.provenance import fingerprint
 from fastlatent.store.reader import Dataset, read_root
 from fastlatent.store.records import RAGGED, ROOT, Quarantined, Schema, Unit, encode_key
 from fastlatent.store.rows import Rows, write_rows
-from fastlatent.store.scan import Entry, Pair, Scanned, scan, sort_entries
+from fastlatent.store.scan import Entry, Examine, Known, Pair, Scanned, is_known, scan, sort_entries
 
 MAX_SHARD_BYTES = 1 << 30  # a unit is assembled in memory
 PLANNING = "plan"  # the lease of the writer that reads the files and makes the plan
 
 
 class DatasetWriter:
-    """One of any number of writers of a dataset, from `open` to the end of the `with` block. Not thread-safe."""
+    """One of any number of writers of a dataset, from `open` to the end of the `with` block.
+
+    One thread may `commit` while another calls `claim_now`; nothing else may run at the same time.
+    """
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class DatasetWriter:
         unit_rows: int,
         schema: Schema,
         current: Dataset | None,
+        environment: dict[str, Any] | None,
     ):
         self.path = path
         self._lock = lock
@@ -74,7 +80,9 @@ class DatasetWriter:
         self._classes = classes
         self._unit_rows = unit_rows
         self._schema = schema
+        self._environment = environment
         self._journal = Journal(path)
+        self._guard = threading.RLock()  # between claim_now and commit
         self._begin(current)
 
     def _begin(self, current: Dataset | None) -> None:
@@ -100,6 +108,7 @@ class DatasetWriter:
         *,
         unit_rows: int,
         schema: Schema,
+        allow_mixed: bool = False,
     ) -> DatasetWriter:
         """Create a dataset, or take up one that is there: to go on after a kill, to add what is new, to help others.
 
@@ -110,9 +119,10 @@ class DatasetWriter:
                 generations'.
             unit_rows: files per unit, hence at most that many rows per shard (more only for one group that has more).
             schema: what a row holds. Buckets may differ from earlier generations'.
+            allow_mixed: whether informational["environment"] may differ from that of the dataset's first writer.
 
         Raises:
-            ValueError: the folder holds something else, or a dataset of another fingerprint or row shape;
+            ValueError: the folder holds something else, or a dataset of another fingerprint, environment or row shape;
                 a process holds it for itself alone; it cannot be written to.
         """
         path = Path(path)
@@ -131,6 +141,7 @@ class DatasetWriter:
         leases = None
         try:
             check_provenance(path, provenance)
+            environment = foreign_environment(path, provenance, allow_mixed=allow_mixed)
             current = Dataset.open(path) if (path / ROOT).exists() else None
             if current:
                 check_schema(current, schema)
@@ -143,7 +154,7 @@ class DatasetWriter:
             if current:
                 keep_copy(path)
                 clean(path, current.generation, empty=False)
-            return cls(path, lock, leases, provenance, list(classes), unit_rows, schema, current)
+            return cls(path, lock, leases, provenance, list(classes), unit_rows, schema, current, environment)
         except BaseException:
             try:
                 if leases is not None:
@@ -170,22 +181,32 @@ class DatasetWriter:
             finally:
                 self._lock.release()
 
-    def plan(self, entries: Iterable[Entry], on_progress: Callable[[int, int], None] | None = None) -> list[Unit]:
+    def plan(
+        self,
+        entries: Iterable[Entry],
+        on_progress: Callable[[int, int], None] | None = None,
+        *,
+        examine: Examine | None = None,
+    ) -> list[Unit]:
         """Commit or join the plan that brings the dataset to exactly these files; return its units to do, in order.
 
         A file whose size and mtime are those of the index or of a pending plan is taken to be unchanged;
-        every other one is hashed, by one writer at a time, and `on_progress(done, total)` counts those.
+        every other one is read, by one writer at a time, and `on_progress(done, total)` counts those.
+
+        Args:
+            examine: reads an entry and returns its digest and bucket; by default the file at entry.path is hashed,
+                and its bucket is entry.bucket.
 
         Raises:
             ValueError: a key that occurs twice, a label outside the classes, a file that cannot be read or
                 changes while it is read; other writers are at work on another state of the files.
         """
         ordered = sort_entries(entries, len(self._classes), len(self._schema.buckets))
-        read: dict[bytes, tuple[int, int, str]] = {}
+        read: dict[bytes, Known] = {}
         self._scan = None  # until this plan stands, `finish` has nothing to finish
         self._leases.join(0)
         try:
-            while not self._join(ordered, read, on_progress):
+            while not self._join(ordered, read, examine, on_progress):
                 pass
         finally:
             self._leases.release(PLANNING)
@@ -196,7 +217,8 @@ class DatasetWriter:
     def _join(
         self,
         ordered: list[tuple[bytes, Entry]],
-        read: dict[bytes, tuple[int, int, str]],
+        read: dict[bytes, Known],
+        examine: Examine | None,
         on_progress: Callable[[int, int], None] | None,
     ) -> bool:
         """One attempt of `plan`; False: others changed something meanwhile. `read` keeps what was hashed here."""
@@ -208,11 +230,11 @@ class DatasetWriter:
         self._indexed = index_rows(self._current)
         known = self._known(pending) | read
         planning = PLANNING in self._leases.mine
-        if not planning and not all(known.get(k, ())[:2] == (entry.size, entry.mtime_ns) for k, entry in ordered):
+        if not planning and not all(is_known(known, key, entry, examine) for key, entry in ordered):
             self._wait_to_plan(stamp)
             return False
-        files = scan(ordered, known, on_progress)
-        read |= {one.key: (one.entry.size, one.entry.mtime_ns, one.digest) for one in files}
+        files = scan(ordered, known, examine, on_progress)
+        read |= {one.key: (one.entry.size, one.entry.mtime_ns, one.digest, one.entry.bucket) for one in files}
         units = self._cut(files, pending)
         self._digest = scan_digest(files, self._classes, self._schema)
         self._units = {unit.id: unit for unit in units}
@@ -308,21 +330,26 @@ class DatasetWriter:
             else:
                 yield unit
 
-    def claim_now(self, on_others: Callable[[int], None] | None = None) -> Unit | None:
-        """The next unit of `claim`, None where there is none at this moment. For who prepares one unit ahead."""
+    def claim_now(self, on_others: Callable[[int], None] | None = None, *, name: str | None = None) -> Unit | None:
+        """The next unit of `claim`, None where there is none at this moment. For who prepares one unit ahead.
+
+        Args:
+            name: only the unit of this id.
+        """
         if self._scan is None:
             raise ValueError(f"{self.path}: expected a call of plan() before claim()")
-        self._look(on_others)
-        if self._finished():
+        with self._guard:
+            self._look(on_others)
+            if self._finished():
+                return None
+            for unit in self._units.values() if name is None else [self._units[name]]:
+                if unit.id in self._committed or unit.id in self._leases.mine or not self._leases.take(unit.id):
+                    continue
+                self._look(on_others)  # it may have been committed and released in between
+                if unit.id not in self._committed:
+                    return unit
+                self._leases.release(unit.id)
             return None
-        for unit in self._units.values():
-            if unit.id in self._committed or unit.id in self._leases.mine or not self._leases.take(unit.id):
-                continue
-            self._look(on_others)  # it may have been committed and released in between
-            if unit.id not in self._committed:
-                return unit
-            self._leases.release(unit.id)
-        return None
 
     def commit(self, unit: Unit, rows: Rows, quarantined: Iterable[Quarantined] = ()) -> None:
         """Make a unit durable: its shard, then its journal line. Rows with NaN or infinity are quarantined.
@@ -348,7 +375,8 @@ class DatasetWriter:
                 f"unit {unit.id}: expected rows for {len(items)} keys in the unit's order, got "
                 f"{len(rows.keys)} keys that begin {rows.keys[:3]!r:.200}"
             )
-        others = {one.dtype for one in self._committed.values() if one.shard}
+        with self._guard:
+            others = {one.dtype for one in self._committed.values() if one.shard}
         others |= {one.dtype for one in self._current.buckets} if self._current else set()
         dtype = rows.dtype if items else next(iter(others), "F16")  # of no ragged row nothing says the dtype
         if items:
@@ -360,21 +388,24 @@ class DatasetWriter:
             if not good:
                 reason = f"its latent holds NaN or infinity (as {dtype})"
                 bad[item.key] = Quarantined(item.key, item.digest, reason, "FloatingPointError")
-        self._look()
-        if unit.id in self._committed or self._finished():
-            self._leases.release(unit.id)
-            return
+        with self._guard:
+            self._look()
+            if unit.id in self._committed or self._finished():
+                self._leases.release(unit.id)
+                return
         shard = None
         if finite.any():
             kept = [item for item, good in zip(items, finite, strict=True) if good]
             schema = self._schema
             shard = write_rows(self.path, self._hashed, unit, kept, rows.kept(finite), schema.payload, schema.extras)
+            shard = replace(shard, environment=self._environment)
         order = tuple(bad[item.key] for item in unit.items if item.key in bad)
         committed = Committed(self._generation, unit.id, dtype, shard, order)
-        self._journal.append(committed)
-        self._committed[unit.id] = committed
-        self._own.add(unit.id)
-        self._leases.release(unit.id)
+        with self._guard:
+            self._journal.append(committed)
+            self._committed[unit.id] = committed
+            self._own.add(unit.id)
+            self._leases.release(unit.id)
 
     def finish(self) -> DatasetInfo:
         """Publish what all writers committed as a new generation, or keep the current one where nothing has changed.
@@ -445,17 +476,20 @@ class DatasetWriter:
     def _is_current(self, files: list[Scanned]) -> bool:
         return self._current is not None and describes(self._current, files, self._classes)
 
-    def _known(self, pending: Plan | None) -> dict[bytes, tuple[int, int, str]]:
-        """What files looked like when they were last read: key -> size, mtime_ns, digest."""
-        known: dict[bytes, tuple[int, int, str]] = {}
+    def _known(self, pending: Plan | None) -> dict[bytes, Known]:
+        """What files looked like when they were last read, by key."""
+        known: dict[bytes, Known] = {}
+        number = {shape: i for i, shape in enumerate(self._schema.buckets)}
         if self._current is not None:
-            sizes, mtimes = self._current.src_size.tolist(), self._current.src_mtime_ns.tolist()
-            known = {key: (sizes[i], mtimes[i], digest) for (key, digest), i in self._indexed.items()}
+            now = np.array([number.get(bucket.shape, -1) for bucket in self._current.buckets])
+            columns = (self._current.src_size, self._current.src_mtime_ns, now[self._current.bucket])
+            sizes, mtimes, buckets = (column.tolist() for column in columns)
+            known = {key: (sizes[i], mtimes[i], digest, buckets[i]) for (key, digest), i in self._indexed.items()}
         for (key, digest), one in quarantined_files(self._current).items():
-            known[key] = one["size"], one["mtime_ns"], digest
+            known[key] = one["size"], one["mtime_ns"], digest, 0  # of no row, so any bucket will do
         for unit in pending.units if pending else ():
             for item in unit.items:
-                known[encode_key(item.key)] = item.size, item.mtime_ns, item.digest
+                known[encode_key(item.key)] = item.size, item.mtime_ns, item.digest, number.get(unit.bucket, -1)
         return known
 
 
