@@ -50,10 +50,34 @@ FASTLATENT_API int fastlatent_linear_cpu(const void* x, const void* weight, cons
 // widest that the CPU has and `lanes` (float32 lanes: 16, 8, 4) allows.
 FASTLATENT_API int fastlatent_diffusion_head_sample_cpu(void* state, const void* modulations, const void* table, const void* guidance, const void* noise, const void* input_weight, const void* input_bias, const void* up_weight, const void* up_bias, const void* down_weight, const void* down_bias, const void* output_weight, const void* output_bias, const void* up_scale, const void* down_scale, int64_t steps, int64_t ways, int64_t batch, int64_t channels, int64_t out_channels, int64_t hidden, int64_t width, int64_t blocks, int64_t gated, int64_t layer_norm, double eps, int64_t dtype, int64_t threads, int64_t lanes);
 
+// Every folder and file below a folder whose path is `root`, links followed except into a folder that the path already runs
+// through; no name that begins with a dot, no pipe, socket or device. Folders are listed by `threads` threads at once.
+// listing [4]: a handle that take_listing needs to be given, the number of entries, the bytes of all their paths, and errno
+// where the root cannot be listed (there is no handle then).
+FASTLATENT_API int fastlatent_list_files_cpu(const char* root, int64_t threads, int64_t* listing);
+
+// The entries of such a listing, and its end. Entry i has the path paths[offsets[i] : offsets[i + 1]], relative to the root,
+// and entries are in the order of their paths' bytes where a folder's counts as ending in "/". sizes in bytes, mtimes in
+// ns. states: of a file 0, or errno why it cannot be read; of a folder -1, or -1 - errno where it cannot be listed.
+FASTLATENT_API int fastlatent_take_listing_cpu(int64_t handle, void* paths, int64_t* offsets, int64_t* sizes, int64_t* mtimes_ns, int64_t* states);
+
 // Latents drawn from moments, as fastlatent/ops/sample_posterior.py defines them. moments [batch, flips, channels, spatial],
 // twice the channels with has_logvar; int8 where scale [batch, flips, scales] is not null, else of `dtype` (f32, bf16, f16).
 // scales is 1 or the moments' channels. mean and std [channels] or both null. out f32 [batch, channels, spatial]. seed is 64
 // bits, epoch 32.
 FASTLATENT_API int fastlatent_sample_posterior_cpu(const void* moments, const int64_t* key_hash, const float* mean, const float* std, const float* scale, float* out, int64_t batch, int64_t flips, int64_t channels, int64_t spatial, int64_t scales, int64_t has_logvar, int64_t seed, int64_t epoch, int64_t dtype, int64_t threads);
+
+// The window [crop_height, crop_width] at (top, left) of an image [height, width, channels] resized to out_height x out_width,
+// as fastlatent/ops/resize.py defines it; image and out f32 where is_float, else uint8. filter: 0 box, 1 bilinear, 2 bicubic,
+// 3 lanczos.
+FASTLATENT_API int fastlatent_resize_cpu(const void* image, void* out, int64_t height, int64_t width, int64_t channels, int64_t out_height, int64_t out_width, int64_t filter, int64_t top, int64_t left, int64_t crop_height, int64_t crop_width, int64_t is_float);
+
+// The weights of one of its passes, for `count` pixels from `first`: bounds [count, 2] = the first source pixel and how many;
+// weights [count, taps] f64 where is_float, else int32 with 22 bits behind the point. taps = 2 * ceil(the filter's reach) + 1.
+FASTLATENT_API int fastlatent_resize_weights_cpu(int64_t in_size, int64_t out_size, int64_t filter, int64_t first, int64_t count, int64_t taps, int32_t* bounds, void* weights, int64_t is_float);
+
+// out = silu(group_norm(x) * weight + bias), or without the SiLU: x and out [batch, channels, pixels], with channels_last
+// [batch, pixels, channels], of dtype f32, bf16 or f16; weight and bias [channels]. The same bits for any number of threads.
+FASTLATENT_API int fastlatent_group_norm_silu_cpu(const void* x, const float* weight, const float* bias, void* out, int64_t batch, int64_t channels, int64_t pixels, int64_t groups, double eps, int64_t silu, int64_t channels_last, int64_t dtype, int64_t threads);
 
 }

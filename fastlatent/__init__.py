@@ -31,8 +31,8 @@ _HOME = {
 
 def encode(
     source: str | os.PathLike[str], vae: str | os.PathLike[str], out: str | os.PathLike[str], **settings: Any
-) -> EncodeReport:
-    """Encode a folder of images into a latent dataset; `settings` are the other fields of config.EncodeConfig.
+) -> EncodeReport | list[EncodeReport]:
+    """Encode images into a latent dataset; `settings` are the other fields of config.EncodeConfig (all=True: a list).
 
     Raises:
         ValueError: a setting is unknown or wrong, or the source, autoencoder or dataset folder cannot be used so.

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "train ar": (config.TrainArConfig, "train_ar", "train_ar"),
     "sample": (config.SampleConfig, "sample", "sample"),
     "decode": (config.DecodeConfig, "decode", "decode"),
+    "roundtrip": (config.RoundtripConfig, "roundtrip", "roundtrip"),
     "inspect": (config.InspectConfig, "inspect", "inspect"),
     "verify": (config.VerifyConfig, "verify", "verify"),
     "repair": (config.RepairConfig, "maintain", "repair"),

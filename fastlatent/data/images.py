@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from fastlatent.data.order import BatchOrder
 from fastlatent.diffusion.noise import philox
-from fastlatent.media.images import ImageError, center_crop, read_image, to_model_range
-from fastlatent.sources.image_folder import Item
+from fastlatent.media.images import ImageError, read_image, to_model_range
+from fastlatent.media.transforms import center_crop
+from fastlatent.sources.items import Item
 
 READERS = 4
 
@@ -31,7 +33,7 @@ class ImageLoader:
     """
 
     def __init__(
-        self, items: list[Item], batch_size: int, *, size: int, channels: int, mirror: bool, seed: int
+        self, items: Sequence[Item], batch_size: int, *, size: int, channels: int, mirror: bool, seed: int
     ) -> None:
         self.items, self.size, self.channels, self.mirror, self.seed = items, size, channels, mirror, seed
         self.order = BatchOrder(len(items), batch_size, seed=seed)
@@ -65,7 +67,7 @@ class ImageLoader:
     def _read(self, index: int) -> np.ndarray | None:
         item = self.items[index]
         try:
-            pixels, _ = center_crop(read_image(Path(item.path).read_bytes(), channels=self.channels), self.size)
+            pixels, _ = center_crop(read_image(Path(item.place).read_bytes(), channels=self.channels), self.size)
         except (ImageError, OSError) as error:
             self.failures[item.key] = str(error)
             return None

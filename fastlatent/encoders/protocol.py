@@ -4,22 +4,40 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Autoencoder(Protocol):
-    """pixels ⇄ latents. Latents are raw: scaling belongs to the model that is trained on them."""
+    """pixels ⇄ latents. Latents are raw: scaling belongs to the model that is trained on them.
+
+    pixel_channels: of an image, 1 or 3. downsample: pixels per latent, along each side. size_multiple: what H and W of
+    the pixels must be divisible by (a multiple of `downsample`). has_posterior: whether `encode` gives mean‖logvar
+    [B, 2C, h, w], or the latent alone [B, C, h, w].
+    """
 
     pixel_channels: int
     latent_channels: int
     downsample: int
+    size_multiple: int
+    has_posterior: bool
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """float [B, channels, H, W] in [−1, 1] → float32 posterior moments mean‖logvar [B, 2C, H/f, W/f]."""
+        """float [B, channels, H, W] in [−1, 1] → float32 moments mean‖logvar [B, 2C, H/f, W/f], or latents."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """float [B, C, h, w] → float32 pixels [B, channels, h·f, w·f], nominally in [−1, 1]."""
+        ...
+
+    def encoder(self) -> nn.Module:
+        """`encode` as a module for engines to compile or export: pixels in the weights' dtype → moments, same dtype.
+
+        It shares the weights with this autoencoder; pure tensor code of static shapes, no posterior objects.
+        """
+        ...
+
+    def upcast(self) -> Autoencoder:
+        """The same autoencoder in float32, for batches that overflow in half precision; its own copy of the weights."""
         ...
 
     def identity(self) -> dict[str, Any]:

@@ -1,66 +1,63 @@
-"""Images as arrays: decoding, the centre crop of ADM, and the range that models see. Torch-free."""
+"""Images as arrays: decoding, and the range that models see. Torch-free."""
 
 from __future__ import annotations
 
 import io
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-DECODE_RULE = "pillow-1"
+from fastlatent.media.high_depth import UNSIGNED, WHITE_IS_ZERO, read_deep, unit_floats, unit_integers
+from fastlatent.media.image_error import MAX_PIXELS, ImageError, MissingPackage, refuse_bomb
+from fastlatent.media.orientation import orientation_of, upright
+
+__all__ = [
+    "DECODE_RULE", "MAX_PIXELS", "ImageError", "check_image", "image_size", "read_image", "to_model_range", "to_uint8",
+]  # fmt: skip
+
+DECODE_RULE = "pillow-2"
 """The name, kept in provenance, of what `read_image` does to a file:
 
-- decoded by Pillow as BMP, GIF, JPEG, PNG, PPM/PGM/PFM, TIFF or WebP, whatever the file's name says;
+- decoded by Pillow as AVIF, BMP, GIF, JPEG, PNG, PPM/PGM/PFM, TIFF or WebP, whatever the file's name says;
   the first frame of an animation or first page of a TIFF;
+- where that would lose bits, which the file's header tells, by libpng and libtiff (imagecodecs): PNG of 16 bits
+  per channel that is not plain grey, TIFF of 16, 32 or 64 bits; OpenEXR by OpenEXR: the first part's data window,
+  channels R, G, B or Y as stored, that is, linear light;
+- integers of more than 8 bits divided by their largest value, floats mapped from the stated range to [0, 1], and
+  refused if they lie outside: float32 in [0, 1];
+- everything else uint8; Pillow keeps the upper 8 bits of AVIF and of PPM in colour;
 - EXIF orientation applied; an orientation that cannot be read counts as upright;
-- grey of 16 or 32 bits (unsigned) divided by its largest value, floats taken as they are: float32 in [0, 1];
-- everything else uint8. Colour of 16 bits per channel is among it: Pillow keeps the upper 8;
-- palette, CMYK, YCbCr and grey + alpha converted to RGB by Pillow; alpha dropped, never blended; colour
-  profiles ignored;
-- channels=3 repeats grey; channels=1 takes Pillow's luma of the RGB pixels, (299 R + 587 G + 114 B) / 1000.
+- palette, CMYK, YCbCr and grey + alpha converted to RGB by Pillow; alpha dropped, never blended (integers that a
+  TIFF holds multiplied by alpha are divided by it); colour profiles ignored;
+- channels=3 repeats grey; channels=1 takes the luma of the RGB pixels, (299 R + 587 G + 114 B) / 1000, for uint8
+  as Pillow rounds it.
 """
 
-TRANSFORM_RULE = "adm-center-crop-1"
-"""The name, kept in provenance, of what `center_crop` does."""
-
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-# Twice Pillow's warning threshold, where Pillow itself refuses; ours holds even if a library lifted Pillow's.
-MAX_PIXELS = 178_956_970
-
-ORIENTATION_TAG = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 
 
-class ImageError(ValueError):
-    """A file that cannot be used; the message is one short line, fit for a list of bad files."""
-
-
-def read_image(data: bytes, *, channels: int) -> np.ndarray:
+def read_image(data: bytes, *, channels: int, input_range: tuple[float, float] | None = None) -> np.ndarray:
     """Decode a whole image file by DECODE_RULE.
 
     Args:
         data: the file's bytes.
         channels: 1 or 3.
+        input_range: the values of float files that become 0 and 1; None for (0, 1). Integers have their own.
 
     Returns:
-        [H, W, channels], uint8, or float32 in [0, 1] for grey of more than 8 bits; writable, C-contiguous.
+        [H, W, channels], uint8, or float32 in [0, 1] for more than 8 bits; writable, C-contiguous.
 
     Raises:
         ImageError: the file is empty, truncated, broken, larger than MAX_PIXELS or of no readable format, or
-            has float pixels outside [0, 1] or signed integer pixels.
-        ValueError: channels is not 1 or 3, or Pillow has been told to accept truncated files.
+            has float pixels outside input_range or signed integer pixels.
+        ValueError: channels is not 1 or 3, input_range does not rise, a package that the file needs is missing, or
+            Pillow has been told to accept truncated files.
     """
     if channels not in (1, 3):
         raise ValueError(f"read_image: expected channels 1 or 3, got {channels}")
+    if input_range is not None and not -np.inf < input_range[0] < input_range[1] < np.inf:
+        raise ValueError(f"read_image: expected input_range low < high, both finite, got {input_range}")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError(
             "read_image: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True in this process, so Pillow would return "
@@ -69,12 +66,14 @@ def read_image(data: bytes, *, channels: int) -> np.ndarray:
     if not data:
         raise ImageError("empty file")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            image.load()
-            return _pixels(image, channels)
-    except (ImageError, MemoryError):  # running out of memory is no property of the file
+        pixels = read_deep(data, input_range)
+        if pixels is None:
+            with Image.open(io.BytesIO(data), formats=_formats(data)) as image:
+                refuse_bomb(*image.size)
+                image.load()
+                pixels = upright(_pixels(image, channels, input_range), orientation_of(image))
+        return _with_channels(pixels, channels)
+    except (ImageError, MissingPackage, MemoryError):  # the last two are no property of the file
         raise
     except UnidentifiedImageError:
         # Pillow's own text holds the address of the BytesIO.
@@ -86,13 +85,35 @@ def read_image(data: bytes, *, channels: int) -> np.ndarray:
         raise ImageError(text[:160]) from None
 
 
-def _pixels(image: Image.Image, channels: int) -> np.ndarray:
-    method = UPRIGHT.get(_orientation(image))
+def image_size(data: bytes, *, input_range: tuple[float, float] | None = None) -> tuple[int, int]:
+    """Height and width, upright: of JPEG, PNG and WebP from the header alone, else as `read_image` decodes it.
+
+    Raises:
+        ImageError: it cannot be told; as `read_image`, and what that raises besides.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            width, height = image.size
+            turned = orientation_of(image) >= 5
+    except Exception:  # another format, or broken: `read_image` says which
+        height, width, _ = read_image(data, channels=3, input_range=input_range).shape
+        return height, width
+    return (width, height) if turned else (height, width)
+
+
+def _formats(data: bytes) -> tuple[str, ...]:
+    brands = data[8:64] if data[4:8] == b"ftyp" else b""  # the major brand of an AVIF may be the container's, mif1
+    if b"avif" not in brands and b"avis" not in brands:
+        return FORMATS
+    if "avif" not in features.modules or not features.check("avif"):
+        raise MissingPackage("this Pillow was built without AVIF: pip install 'pillow>=11.3'")
+    return ("AVIF",)
+
+
+def _pixels(image: Image.Image, channels: int, input_range: tuple[float, float] | None) -> np.ndarray:
+    """[H, W, 1 or 3], as the file lies."""
     if image.mode == "F" or image.mode.startswith("I"):
-        pixels = _unit_range(image)
-        if method is not None:
-            pixels = np.asarray(Image.fromarray(pixels).transpose(method))
-        return np.repeat(pixels[:, :, None], channels, axis=2)
+        return _unit_range(image, input_range)[:, :, None]
     # Without it, Pillow's palette conversion warns that RGB cannot hold transparency.
     image.info.pop("transparency", None)
     rgb_or_grey: Image.Image = image
@@ -100,92 +121,32 @@ def _pixels(image: Image.Image, channels: int) -> np.ndarray:
         rgb_or_grey = image.convert("L")
     elif image.mode != "RGB":
         rgb_or_grey = image.convert("RGB")
-    if method is not None:
-        rgb_or_grey = rgb_or_grey.transpose(method)
-    if channels == 1:
-        return np.array(rgb_or_grey.convert("L"))[:, :, None]
-    return np.array(rgb_or_grey)
+    return np.array(rgb_or_grey.convert("L"))[:, :, None] if channels == 1 else np.array(rgb_or_grey)
 
 
-def _orientation(image: Image.Image) -> int:
-    # Pillow has already turned a TIFF while loading it, and forgotten its orientation.
-    try:
-        return image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # as many types as above; thousands of photographs carry broken EXIF and fine pixels
-        return 1
-
-
-def _unit_range(image: Image.Image) -> np.ndarray:
+def _unit_range(image: Image.Image, input_range: tuple[float, float] | None) -> np.ndarray:
     """Grey pixels of 16 or 32 bits or floats as float32 [H, W] in [0, 1]."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})  # {} unless TIFF
     if image.mode == "F":
-        low, high = float(values.min()), float(values.max())
-        if not (low >= 0 and high <= 1):  # NaN fails both
-            raise ImageError(f"float pixels from {low:.6g} to {high:.6g}, expected [0, 1]: rescale the file")
-        unit = values.astype(np.float32)
+        unit = unit_floats(values, input_range)
     else:
-        if tags.get(TIFF_SAMPLE_FORMAT, (1,))[0] != 1:
+        if tags.get(TIFF_SAMPLE_FORMAT, (UNSIGNED,))[0] != UNSIGNED:
             raise ImageError("signed integer pixels, which have no agreed range: save as unsigned or float")
         bits = tags[TIFF_BITS][0] if tags else 16
-        if bits == 32:
-            values = values.view(np.uint32)  # Pillow reads unsigned 32-bit pixels into int32
-        unit = (values / (2**bits - 1)).astype(np.float32)
+        # Pillow reads unsigned 32-bit pixels into int32.
+        unit = unit_integers(values.view(np.uint32) if bits == 32 else values, bits)
     # Pillow inverts white-is-zero files of 8 bits, but not these.
-    return 1 - unit if tags.get(TIFF_PHOTOMETRIC) == 0 else unit
+    return 1 - unit if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO else unit
 
 
-def center_crop(image: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scale the shorter side to `size` and cut the centre: `center_crop_arr` of ADM (Dhariwal and Nichol,
-    2021), used by DiT, MAR and LatentLM.
-
-    Halve (floor) with the box filter while the shorter side is at least 2·size, then one bicubic resize to
-    (round(w·s), round(h·s)), s = size / min(w, h), then cut at ((h - size) // 2, (w - size) // 2). Smaller
-    images are enlarged. float32 pixels go through the same filters channel by channel and are clamped to
-    [0, 1], as Pillow clamps uint8 ones to [0, 255].
-
-    Args:
-        image: [H, W, 1 or 3] uint8, or float32 in [0, 1].
-        size: pixels, at least 1.
-
-    Returns:
-        pixels [size, size, C] of the image's dtype, and the crop (top, left, height, width) int32 [4]: the
-        region that the square shows, in pixels of the image passed in, each rounded to the nearest integer.
-
-    Raises:
-        ImageError: the resized image would have more than MAX_PIXELS, because one side is thousands of times
-            the other.
-        ValueError: shape, dtype or size is not as above.
-    """
-    _check_image("center_crop", image)
-    if size < 1:
-        raise ValueError(f"center_crop: expected a size of at least 1 pixel, got {size}")
-    height, width, channels = image.shape
-    if image.dtype == np.uint8:
-        resized = np.asarray(_adm_resize(Image.fromarray(image[:, :, 0] if channels == 1 else image), size))
-        resized = resized.reshape(*resized.shape[:2], channels)
-    else:
-        planes = [np.asarray(_adm_resize(Image.fromarray(image[:, :, c]), size)) for c in range(channels)]
-        resized = np.clip(np.stack(planes, axis=2), 0, 1)
-    resized_height, resized_width = resized.shape[:2]
-    top, left = (resized_height - size) // 2, (resized_width - size) // 2
-    pixels = resized[top : top + size, left : left + size].copy()  # Pillow's own buffer is read-only
-    rows, columns = height / resized_height, width / resized_width
-    crop = np.array([round(top * rows), round(left * columns), round(size * rows), round(size * columns)])
-    return pixels, crop.astype(np.int32)
-
-
-def _adm_resize(image: Image.Image, size: int) -> Image.Image:
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"{image.width} x {image.height} pixels would become {width} x {height} before the crop, more "
-            f"than {MAX_PIXELS}: one side is too many times the other"
-        )
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    red, green, blue = (pixels[:, :, c].astype(np.float64) for c in range(3))  # floats: uint8 is converted above
+    return (0.299 * red + 0.587 * green + 0.114 * blue).astype(np.float32)[:, :, None]
 
 
 def to_model_range(image: np.ndarray) -> np.ndarray:
@@ -194,7 +155,7 @@ def to_model_range(image: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: shape or dtype is not as above.
     """
-    _check_image("to_model_range", image)
+    check_image("to_model_range", image)
     planes = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
     return planes / np.float32(127.5) - 1 if image.dtype == np.uint8 else 2 * planes - 1
 
@@ -215,7 +176,8 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.rint((values.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8).transpose(0, 2, 3, 1).copy()
 
 
-def _check_image(caller: str, image: np.ndarray) -> None:
+def check_image(caller: str, image: np.ndarray) -> None:
+    """Raise ValueError unless image is uint8 or float32 [H, W, 1 or 3] with at least one pixel."""
     if (
         image.ndim != 3
         or image.shape[2] not in (1, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 TERMINAL_SECONDS = 0.1
@@ -18,14 +19,18 @@ class Progress:
         total: how much there is to do.
         unit: what is counted, in the plural.
         done: how much was done before this process began; it does not count towards the rate.
+        describe: what stands at the end of every line but the last; called when one is written.
     """
 
-    def __init__(self, name: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(
+        self, name: str, total: int, unit: str, done: int = 0, describe: Callable[[], str] | None = None
+    ) -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done = self._begun_at = done
         self._terminal = sys.stderr.isatty()
         self._start = self._shown = time.monotonic()
         self._note = ""
+        self._describe = describe
 
     def __enter__(self) -> Progress:
         return self
@@ -50,9 +55,11 @@ class Progress:
         rate = (self.done - self._begun_at) / elapsed
         text = f"{self.name}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s"
         if last:
-            text += f", {_duration(elapsed)}"
+            text += f", {duration(elapsed)}"
         elif rate > 0:
-            text += f", {_duration((self.total - self.done) / rate)} left"
+            text += f", {duration((self.total - self.done) / rate)} left"
+        if self._describe is not None and not last:
+            text += f", {self._describe()}"
         if self._note:
             text += f", {self._note}"
         if self._terminal:
@@ -62,7 +69,8 @@ class Progress:
         sys.stderr.flush()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """ "7.5 s", "3 min 20 s", "2 h 5 min"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Image folders: `root/<class>/…/<image>`, or a flat folder of images without classes.
+"""Image folders: `root/<class>/…/<image>`, or a flat folder of images without classes; local or behind a URL.
 
 The order and the labels are those of torchvision's ImageFolder: classes are the sorted names of the root's
 sub-folders, a label is an index into them. Torch-free.
@@ -7,119 +7,163 @@ sub-folders, a label is an index into them. Torch-free.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections import Counter
+from functools import partial
 
-# Compared in lower case. The eight of ImageFolder and .tiff; what a file really holds is decided at decoding.
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
+import numpy as np
 
+from fastlatent.sources.columnar import ItemTable, Keys
+from fastlatent.sources.files import MAX_TEXT, Files, Listing, open_files, read_each, read_text
+from fastlatent.sources.items import RAGGED, Column, Item, Source
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image.
-
-    key: path below the root with "/" between folders. Bytes of a name that are no UTF-8 appear as surrogates
-        (os.fsdecode), so os.fsencode(key) gives the name's exact bytes back.
-    path: what to open; it starts with the root as the caller wrote it.
-    label: index into ImageFolder.classes, -1 in a flat folder.
-    """
-
-    key: str
-    path: str
-    label: int
+# Compared in lower case. The eight of ImageFolder, .tiff and .exr; what a file really holds is decided at decoding.
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".exr"))
+CAPTION = Column("caption", "U8", (RAGGED,))
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFolder:
-    """All images below a root. items: sorted by the bytes of their keys. classes: [] for a flat folder."""
-
-    items: list[Item]
-    classes: list[str]
-
-
-def scan_image_folder(root: str | os.PathLike[str]) -> ImageFolder:
-    """List the images below `root` without opening any of them.
+def scan_image_folder(root: str | os.PathLike[str] | bytes, *, captions: str | None = None) -> Source:
+    """List the images below `root`, a folder or a URL, without opening any of them.
 
     Every sub-folder of the root is a class, with or without images (a missing class must not shift the
     labels of the others); images count at any depth below it. A root with images of its own and none in
     sub-folders is flat. Names with a leading dot are ignored. Symbolic links are followed, except into a
-    folder that the path already runs through. A link to nothing is listed if its name is an image's, so that
-    reading it reports it; pipes, sockets and devices are not listed.
+    folder that the path already runs through. Links to nothing, files that may not be read and folders that cannot be
+    listed are left out with the reason; pipes, sockets and devices are not listed.
+
+    Args:
+        captions: suffix of the text file beside each image: with "txt", a.txt is the caption of a.jpg, and of a.png. An
+            image without one has the caption "".
 
     Raises:
-        ValueError: root is missing or no folder, holds no image at all, or holds images both directly and in
-            class folders.
-        OSError: a folder below the root cannot be listed.
+        ValueError: root is missing, no folder or cannot be listed; it holds no image that can be read, or images both
+            directly and in class folders; `captions` is no suffix of text files.
     """
-    root = os.fsdecode(root)
-    if not os.path.isdir(root):
-        problem = "is a file" if os.path.exists(root) else "does not exist"
+    sidecar = caption_suffix(captions)
+    files = open_files(root)
+    listing = _list(files)
+    folders = set(listing.folders)
+    left_out = {path: why for path, why in listing.left_out.items() if path in folders or is_image(path)}
+    classes = [name for name in listing.folders if "/" not in name]
+    label = _labels(listing.keys, classes)
+    images = listing.keys.ending(EXTENSIONS)
+    if not _has_classes(files, listing.keys, images & (label < 0), images & (label >= 0), set(left_out) - folders):
+        classes, label = [], np.full(len(label), -1)
+    good = np.flatnonzero(images)
+    others = listing.keys.select(np.flatnonzero(~images)).texts()
+    texts: dict[str, str] = {}
+    if sidecar:
+        texts, faults = _read_captions(files, listing, listing.keys.select(good).texts(), others, sidecar)
+        if not texts and not faults:
+            raise ValueError(
+                f"captions {captions!r}: no image of {files.root!r} has a {sidecar} file of its stem beside it"
+            )
+        left_out |= faults
+        good = good[[path not in faults for path in listing.keys.select(good).texts()]]
+    if not len(good):
+        raise ValueError(_no_image(files, listing, left_out))
+    keys = listing.keys.select(good)
+    captions_of = [texts.get(_beside(key, sidecar), "") for key in keys.texts()] if sidecar else None
+    return Source(
+        ItemTable(keys, listing.size[good], listing.stamp[good], label[good], files.place, captions_of),
+        partial(_read, files),
+        classes,
+        (CAPTION,) if sidecar else (),
+        left_out,
+        Counter(os.path.splitext(path)[1].lower() for path in others if path not in texts),
+    )
+
+
+def is_image(path: str) -> bool:
+    """Whether it is named like an image."""
+    return os.path.splitext(path)[1].lower() in EXTENSIONS
+
+
+def _read(files: Files, item: Item) -> bytes:
+    return files.read(item.key)
+
+
+def _list(files: Files) -> Listing:
+    if not files.is_dir():
+        problem = "is a file" if files.exists() else "does not exist"
         raise ValueError(
-            f"image folder {root!r} {problem}; expected a folder with one sub-folder of images per class, "
+            f"image folder {files.root!r} {problem}; expected a folder with one sub-folder of images per class, "
             "or a folder of images"
         )
-    images, folders, identity = _list_folder(root, ())
-    classes = sorted(folders, key=os.fsencode)
-    items = []
-    for label, name in enumerate(classes):
-        items += _walk(os.path.join(root, name), name, label, identity)
-    if images and items:
+    try:
+        return files.listing()
+    except OSError as error:
+        raise ValueError(f"image folder {files.root!r} cannot be listed: {error.strerror or error}") from None
+
+
+def _labels(keys: Keys, classes: list[str]) -> np.ndarray:
+    """int64 [N]: the class whose folder a path begins with, -1 for what lies in the root itself."""
+    label = np.full(len(keys), -1, np.int64)
+    for i, name in enumerate(classes):
+        folder = os.fsencode(name)
+        label[keys.bisect(folder + b"/") : keys.bisect(folder + b"0")] = i  # "0" is the byte after "/"
+    return label
+
+
+def _has_classes(files: Files, keys: Keys, direct: np.ndarray, below: np.ndarray, broken: set[str]) -> bool:
+    """Whether the images lie in class folders; what cannot be read counts like the rest."""
+    in_root = [os.fsdecode(keys.raw(i)) for i in np.flatnonzero(direct)[:1]] + sorted(p for p in broken if "/" not in p)
+    in_class = [os.fsdecode(keys.raw(i)) for i in np.flatnonzero(below)[:1]] + sorted(p for p in broken if "/" in p)
+    if in_root and in_class:
         raise ValueError(
-            f"image folder {root!r} holds images both directly ({images[0]!r}) and in sub-folders "
-            f"({items[0].key!r}), so their classes are unclear; move the former into a class folder, "
+            f"image folder {files.root!r} holds images both directly ({in_root[0]!r}) and in sub-folders "
+            f"({in_class[0]!r}), so their classes are unclear; move the former into a class folder, "
             "or pass the sub-folders' root alone"
         )
-    if images:
-        classes = []
-        items = [Item(name, os.path.join(root, name), -1) for name in images]
-    if not items:
-        raise ValueError(
-            f"image folder {root!r} holds no image; looked for {' '.join(sorted(EXTENSIONS))} (any case) "
-            f"in it and in its {len(classes)} sub-folders"
+    return not in_root
+
+
+def _no_image(files: Files, listing: Listing, left_out: dict[str, str]) -> str:
+    first = next(iter(sorted(left_out)), None)
+    if first is not None:
+        return (
+            f"image folder {files.root!r} holds no image that can be read: {len(left_out)} cannot; the first is "
+            f"{first!r}: {left_out[first]}"
         )
-    items.sort(key=lambda item: os.fsencode(item.key))
-    return ImageFolder(items, classes)
+    count = sum("/" not in name for name in listing.folders)
+    return (
+        f"image folder {files.root!r} holds no image; looked for {' '.join(sorted(EXTENSIONS))} (any case) "
+        f"in it and in its {count} sub-folders"
+    )
 
 
-def _walk(path: str, key: str, label: int, ancestors: tuple[tuple[int, int], ...]) -> list[Item]:
-    items = []
-    # A list, not recursion: a path of 4096 bytes has room for 2048 levels, Python's stack for 1000.
-    pending = [(path, key, ancestors)]
-    while pending:
-        path, key, ancestors = pending.pop()
-        images, folders, chain = _list_folder(path, ancestors)
-        items += [Item(f"{key}/{name}", os.path.join(path, name), label) for name in images]
-        pending += [(os.path.join(path, name), f"{key}/{name}", chain) for name in folders]
-    return items
+def caption_suffix(captions: str | None) -> str:
+    """The suffix with its dot; "" of None."""
+    if captions is None:
+        return ""
+    suffix = f".{captions.removeprefix('.')}"
+    if suffix == "." or "/" in suffix or is_image(f"a{suffix}"):
+        raise ValueError(
+            f"captions: expected the suffix of text files beside the images, such as txt, got {captions!r}"
+        )
+    return suffix
 
 
-def _list_folder(
-    path: str, ancestors: tuple[tuple[int, int], ...]
-) -> tuple[list[str], list[str], tuple[tuple[int, int], ...]]:
-    """The names of a folder's images and of its folders, and its chain of (device, inode) from the root on;
-    empty lists if the folder is its own ancestor."""
-    status = os.stat(path)
-    identity = (status.st_dev, status.st_ino)
-    if identity in ancestors:
-        return [], [], ancestors
-    images, folders = [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith("."):
-                continue
-            if _is_folder(entry):
-                folders.append(name)
-            elif os.path.splitext(name)[1].lower() in EXTENSIONS and _is_file_or_broken_link(entry):
-                images.append(name)
-    return images, folders, (*ancestors, identity)
+def _beside(key: str, sidecar: str) -> str:
+    return os.path.splitext(key)[0] + sidecar
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # os.path.isdir is False for a link that leads round to itself, where DirEntry.is_dir raises (ELOOP).
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+def _read_captions(
+    files: Files, listing: Listing, images: list[str], others: list[str], sidecar: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The text of every sidecar that an image has; and the images whose sidecar cannot be used -> why."""
+    there = {*others, *listing.left_out}
+    wanted = sorted({_beside(image, sidecar) for image in images} & there, key=os.fsencode)
+    texts: dict[str, str] = {}
+    faults: dict[str, str] = {}
+    for path, text in zip(wanted, read_each(wanted, partial(_read_caption, files, listing)), strict=True):
+        if isinstance(text, str):
+            texts[path] = text
+        else:
+            faults[path] = f"its caption {path}: {getattr(text, 'strerror', None) or text}"
+    return texts, {one: faults[path] for one in images if (path := _beside(one, sidecar)) in faults}
 
 
-def _is_file_or_broken_link(entry: os.DirEntry[str]) -> bool:
-    if entry.is_symlink():
-        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
-    return entry.is_file()
+def _read_caption(files: Files, listing: Listing, path: str) -> str:
+    if path in listing.left_out:
+        raise OSError(listing.left_out[path])
+    return read_text(files.read_range(path, 0, MAX_TEXT + 1))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlatent.config import DecodeConfig
 from fastlatent.data.latents import LatentDataset
-from fastlatent.encoders.autoencoder_kl import load_autoencoder
+from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.protocol import Autoencoder
 from fastlatent.media.images import to_uint8
 from fastlatent.media.sheets import save_png, save_sheet

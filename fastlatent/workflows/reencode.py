@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from fastlatent.config import EncodeConfig, VerifyConfig
-from fastlatent.encoders.autoencoder_kl import load_autoencoder
+from fastlatent.config import EncodeConfig, VerifyConfig, build, read_yaml
+from fastlatent.encoders.watch import OverflowWatch
+from fastlatent.media.transforms import transform_name
 from fastlatent.pipeline.interrupt import StopRequest
+from fastlatent.pipeline.meter import Meter
 from fastlatent.pipeline.progress import Progress
+from fastlatent.sources.items import content_digest
 from fastlatent.store.files import member
 from fastlatent.store.provenance import differences
 from fastlatent.store.reader import Dataset
 from fastlatent.store.records import PlannedItem, Unit, digest_strings
 from fastlatent.store.rows import Rows
 from fastlatent.store.statistics import to_float64
-from fastlatent.store.verify import Finding, hash_file
-from fastlatent.workflows.encode import READERS, decode_picture, encode_unit, provenance
-from fastlatent.workflows.runtime import DTYPES, available_cores, set_up
+from fastlatent.store.verify import Finding
+from fastlatent.workflows.encode_rows import RowMaker, read_pictures
+from fastlatent.workflows.encode_setup import set_up_encode
+from fastlatent.workflows.runtime import DTYPES
+
+# How the source was read; what decides bytes beyond that is in the provenance.
+SOURCE_SETTINGS = ("kind", "split", "trajectories", "manifest_root", "condition_spec", "captions", "decoder")
 
 
 def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
@@ -39,40 +45,41 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
     recorded = dataset.provenance["informational"]
     vae_path, source = config.vae or recorded.get("vae_path"), config.source or recorded.get("source")
     for flag, path in (("--vae", vae_path), ("--source", source)):
-        if path is None or not Path(path).exists():
+        if path is None or not ("://" in path or Path(path).exists()):
             raise ValueError(f"{flag}: expected what the dataset was made of, got {path}: name it with {flag} PATH")
-    settings = _settings(dataset, str(vae_path), str(source), config.device)
-    threads = settings.threads or available_cores()
-    device = set_up(settings.device, threads)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    vae = load_autoencoder(settings.vae, device, DTYPES[settings.compute_dtype])
-    now = provenance(settings, vae, device, threads)
-    other = differences(dataset.provenance["hashed"], now["hashed"])
+    setup = set_up_encode(_settings(dataset, str(vae_path), str(source), config.device))
+    now = setup.provenance()
+    other = [
+        line
+        for line in differences(dataset.provenance["hashed"], now["hashed"])
+        if not line.startswith("text")  # embeddings of captions are not made again
+    ]
     if any(not line.startswith("engine.") for line in other):
         raise ValueError("these latents cannot be made again with this:\n  " + "\n  ".join(other))
-    exact = not other and all(recorded.get(name) == now["informational"][name] for name in ("torch", "device"))
+    exact = not other and recorded.get("environment") == now["informational"]["environment"]
     chosen = np.random.default_rng(config.seed).permutation(len(dataset))[: config.reencode]
     digests = digest_strings(dataset.src_xxh3[chosen])
     items: dict[int, PlannedItem] = {}
     for i, digest in zip(chosen.tolist(), digests, strict=True):
-        path = Path(source) / dataset.key(i)
-        with suppress(OSError):
-            if hash_file(path) == digest:
-                items[i] = PlannedItem(dataset.key(i), str(path), digest, 0, 0)
+        item = setup.items.get(dataset.key(i))
+        with suppress(ValueError):  # it cannot be read any more
+            if item is not None and content_digest(item, setup.read(item)) == digest:
+                items[i] = PlannedItem(item.key, item.place, digest, item.size, item.stamp)
     if not items:
         raise ValueError(f"--source {source}: expected files as they were encoded, got 0 of {len(chosen)} unchanged")
     findings = []
+    watch, meter = OverflowWatch(setup.vae, DTYPES[setup.config.compute_dtype]), Meter({"encode": 1})
     with StopRequest() as stop, Progress("encode again", len(items), "images") as progress:
         for number, bucket in enumerate(dataset.buckets):
             samples = sorted(i for i in items if dataset.bucket[i] == number)
             if not samples:
                 continue
             unit = Unit.of(dataset.fingerprint, bucket.shape, tuple(items[i] for i in samples))
-            with ThreadPoolExecutor(READERS, thread_name_prefix="decode") as pool:
-                decode = functools.partial(decode_picture, channels=vae.pixel_channels, size=settings.size)
-                pictures = pool.map(decode, unit.items)
-                rows, _ = encode_unit(unit, pictures, vae, settings, bucket.shape, progress, stop)
+            maker = RowMaker(setup, watch, unit, meter, stop.check, lambda files, bad: progress.advance(files))
+            with ThreadPoolExecutor(setup.config.readers, thread_name_prefix="decode") as pool:
+                for pictures in pool.map(functools.partial(read_pictures, setup, unit), ([one] for one in unit.items)):
+                    maker.add(pictures[0])
+            rows, _ = maker.finish()
             number_of = {key: k for k, key in enumerate(rows.keys)}
             for i in samples:
                 what = _compared(dataset, i, rows, number_of.get(items[i].key), 0.0 if exact else config.tolerance)
@@ -84,22 +91,35 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
 
 
 def _settings(dataset: Dataset, vae: str, source: str, device: str) -> EncodeConfig:
-    """Those of the encode that wrote the dataset."""
+    """Those of the encode that wrote the dataset: what its provenance has, and for how to read the source encode.yaml.
+
+    A dataset that was made of others (merge, split, filter) has no encode.yaml: then the source must tell by itself.
+    """
+    kept = dataset.path / "encode.yaml"
+    values = read_yaml(str(kept)) if kept.exists() else {}
+    how = {name: values[name] for name in SOURCE_SETTINGS if name in values}
     hashed, what = dataset.provenance["hashed"], f"{dataset.path}: not written by `fastlatent encode`"
     engine: dict[str, Any] = member(hashed, "engine", dict, what)
-    return EncodeConfig(
-        source=source,
-        vae=vae,
-        out=str(dataset.path),
-        size=member(member(hashed, "transform", dict, what), "size", int, what),
-        mirror=bool(hashed.get("mirror")),
-        payload=hashed.get("payload", "moments"),
-        dtype=member(hashed, "storage_dtype", str, what),
-        compute_dtype=member(engine, "dtype", str, what),
-        batch_size=member(engine, "batch_size", int, what),
-        threads=engine.get("threads", 0),
-        device=member(engine, "device", str, what) if device == "auto" else device,
-    )
+    transform: dict[str, Any] = member(hashed, "transform", dict, what)
+    limits = hashed.get("input_range")
+    made = {
+        "source": source,
+        "vae": vae,
+        "out": str(dataset.path),
+        "transform": transform_name(transform),
+        "size": member(transform, "size", int, what),
+        "seed": transform.get("seed", 0),
+        "mirror": bool(hashed.get("mirror")),
+        "payload": hashed.get("payload", "moments"),
+        "input_range": ",".join(map(str, limits)) if limits else None,
+        "dtype": member(hashed, "storage_dtype", str, what),
+        "compute_dtype": member(engine, "dtype", str, what),
+        "engine": member(engine, "name", str, what),
+        "batch_size": member(engine, "batch_size", int, what),
+        "threads": engine.get("threads", 0),
+        "device": member(engine, "device", str, what) if device == "auto" else device,
+    }
+    return build(EncodeConfig, how, made)
 
 
 def _compared(dataset: Dataset, i: int, rows: Rows, k: int | None, tolerance: float) -> str | None:

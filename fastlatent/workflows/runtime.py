@@ -20,7 +20,8 @@ DTYPES = {
 
 
 def set_up(device: str, threads: int) -> torch.device:
-    """The device, with CPU threads set (0: all cores).
+    """The device, with CPU threads set (0: all cores). "auto" and "cuda" are this process's own GPU where a launcher
+    (torchrun, Slurm) says which of the node's processes it is.
 
     Raises:
         ValueError: the device is not there or not a device.
@@ -28,6 +29,9 @@ def set_up(device: str, threads: int) -> torch.device:
     torch.set_num_threads(threads or available_cores())
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
+    if device == "cuda" and rank.isdecimal() and torch.cuda.device_count() > 1:
+        device = f"cuda:{int(rank) % torch.cuda.device_count()}"
     try:
         chosen = torch.device(device)
     except RuntimeError:

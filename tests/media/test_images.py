@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, features
 
 from fastlatent.media.images import MAX_PIXELS, ImageError, read_image
 
@@ -167,6 +167,36 @@ def test_floats_outside_the_unit_range_are_refused(value):
     values[3, 2] = value
     with pytest.raises(ImageError, match="expected \\[0, 1\\]"):
         read_image(encode(Image.fromarray(values), "TIFF"), channels=1)
+
+
+def test_the_range_of_a_pfm_is_stated():
+    data = encode(Image.fromarray(np.array(FLOAT) * 8 - 4), "PPM")  # Pillow writes floats as PFM
+    with pytest.raises(ImageError, match="expected \\[0, 1\\]: state the range of your files with --input-range LO,HI"):
+        read_image(data, channels=1)
+    pixels = read_image(data, channels=1, input_range=(-4, 4))
+    np.testing.assert_allclose(pixels[:, :, 0], np.array(FLOAT), atol=1e-7)
+
+
+@pytest.mark.skipif("avif" not in features.modules or not features.check("avif"), reason="a Pillow without AVIF")
+def test_avif():
+    smooth = Image.fromarray(noise(2, 2)).resize((32, 24), Image.Resampling.BILINEAR)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(smooth, "AVIF", quality=100, subsampling="4:4:4", exif=exif)
+    expected = np.rot90(np.array(smooth), -1).astype(int)
+    for file in (data, data.replace(b"ftypavif", b"ftypmif1", 1)):  # the container's brand first, AVIF's among the rest
+        pixels = read_image(file, channels=3)
+        assert pixels.dtype == np.uint8 and abs(pixels - expected).max() <= 3
+        np.testing.assert_array_equal(read_image(file, channels=1), luma(pixels))
+    with pytest.raises(ImageError):
+        read_image(data[:-20], channels=3)
+
+
+def test_avif_without_support_is_not_blamed_on_the_file(monkeypatch):
+    monkeypatch.setattr(features, "check", lambda name: False)
+    with pytest.raises(ValueError, match="without AVIF: pip install") as error:
+        read_image(b"\0\0\0\x20ftypavif\0\0\0\0avifmif1", channels=3)
+    assert not isinstance(error.value, ImageError)
 
 
 @pytest.mark.parametrize("orientation", [0, *range(1, 9), 9])  # 0 and 9 are no orientations: upright

@@ -95,4 +95,4 @@ def test_no_time_and_no_work_divide_nothing(clock, capsys):
      (3599.4, "59 min 59 s"), (3600, "1 h 0 min"), (90_061, "25 h 1 min")],
 )  # fmt: skip
 def test_durations(seconds, text):
-    assert module._duration(seconds) == text
+    assert module.duration(seconds) == text

@@ -165,7 +165,7 @@ def test_kl_is_torchs(make_vae):
 
 
 def test_a_saved_autoencoder_loads(make_vae, tmp_path):
-    from fastlatent.encoders.autoencoder_kl import load_autoencoder
+    from fastlatent.encoders.load import load_autoencoder
 
     objective = make_vae()
     objective.save(tmp_path, {name: p.detach() for name, p in objective.module.named_parameters()})

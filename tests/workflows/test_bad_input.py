@@ -370,7 +370,7 @@ def test_autoencoders_that_are_none(chain, tmp_path, command):
         (chain.ar, "expected config.json and diffusion_pytorch_model.safetensors in"),
         (broken, "does not fit its config.json: missing_keys ['quant_conv.weight']"),
         (changed_config(chain, tmp_path / "wide", "vae", block_out_channels=[8, 16]), str(tmp_path / "wide")),
-        (changed_config(chain, tmp_path / "class", "vae", _class_name="VQModel"), "got _class_name 'VQModel'"),
+        (changed_config(chain, tmp_path / "class", "vae", _class_name="UNet2DModel"), "got _class_name 'UNet2DModel'"),
         (cut, f"{cut} does not load"),
     ):
         if command == "encode":

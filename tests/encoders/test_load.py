@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from fastlatent.encoders.autoencoder_kl import WEIGHTS, load_autoencoder, tensors_digest
+from fastlatent.encoders.diffusers_autoencoders import WEIGHTS
+from fastlatent.encoders.load import load_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_identity_is_the_same_in_every_process(copied):
             "use_post_quant_conv", "force_upcast", "scaling_factor")  # fmt: skip
     edit_config(copied, **dict.fromkeys(late, "remove"))
     code = (
-        "import json, sys; from fastlatent.encoders.autoencoder_kl import load_autoencoder; "
+        "import json, sys; from fastlatent.encoders.load import load_autoencoder; "
         "print(json.dumps(load_autoencoder(sys.argv[1]).identity()))"
     )
     here = json.dumps(load_autoencoder(copied).identity())
@@ -121,29 +122,6 @@ def test_identity_is_the_same_in_every_process(copied):
     assert done.stdout.strip().splitlines()[-1] == here
 
 
-def test_digest():
-    def digest(**tensors):
-        return tensors_digest(tensors)
-
-    one = torch.arange(6, dtype=torch.float32).reshape(2, 3)
-    want = digest(a=one, b=one)
-    assert digest(b=one.clone(), a=one.clone()) == want  # names are sorted
-    assert digest(a=one.T.contiguous().T, b=one) == want  # layout in memory does not count
-    for other in (
-        digest(a=one, c=one),
-        digest(a=one),
-        digest(a=one.reshape(3, 2), b=one),
-        digest(a=one.double(), b=one),
-        digest(a=one.view(torch.int32), b=one),  # the same bytes as another dtype
-        digest(a=-one, b=one),
-        digest(a=one.nextafter(one + 1), b=one),
-    ):
-        assert other != want
-    assert digest(a=torch.zeros(1)) != digest(a=-torch.zeros(1))  # 0.0 and -0.0 differ in a bit
-    assert digest(a=torch.tensor(1.0)) != digest(a=torch.zeros(0))  # no dimension; no element
-    assert len(digest(a=torch.ones(3, dtype=torch.bfloat16), b=torch.ones(2, dtype=torch.bool))) == 64
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -153,7 +131,8 @@ def test_digest():
         (lambda path: edit_config(path, latent_channels=3), "does not"),
         (lambda path: edit_config(path, block_out_channels=[8, 8, 8]), "does not"),
         (lambda path: edit_config(path, norm_num_groups=3), "does not load"),
-        (lambda path: edit_config(path, _class_name="VQModel"), "got _class_name 'VQModel'"),
+        (lambda path: edit_config(path, _class_name="UNet2DModel"), "got _class_name 'UNet2DModel'.*AutoencoderDC"),
+        (lambda path: edit_config(path, in_channels=5), "does not"),
         (lambda path: edit_config(path, _class_name="remove"), "got _class_name None"),
         (lambda path: (path / "config.json").write_text("[]"), "got _class_name None"),
         (lambda path: (path / "config.json").write_text("{"), "config.json is not JSON"),
@@ -170,6 +149,35 @@ def test_folders_that_do_not_fit(copied, change, message):
         load_autoencoder(copied)
     assert str(copied) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_shards_are_the_same_autoencoder(folder, tmp_path):
+    AutoencoderKL.from_pretrained(folder).save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    whole, sharded = load_autoencoder(folder), load_autoencoder(tmp_path)
+    assert sharded.identity() == whole.identity()
+    pixels = torch.ones(1, 3, 8, 8)
+    assert torch.equal(sharded.encode(pixels), whole.encode(pixels))
+    next(iter(tmp_path.glob("*-00001-*"))).unlink()
+    with pytest.raises(ValueError, match="does not load"):
+        load_autoencoder(tmp_path)
+
+
+def test_sides_must_fit(folder):
+    with pytest.raises(ValueError, match="multiples of 2, got 8×9"):
+        load_autoencoder(folder).encode(torch.zeros(1, 3, 8, 9))
+
+
+def test_upcast_is_what_float32_gives(folder, copied):
+    half = load_autoencoder(copied, "cpu", torch.float16)
+    full = half.upcast()
+    pixels = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    # Of the stored weights: rounding them to half first and casting back would differ.
+    assert torch.equal(full.encode(pixels), load_autoencoder(folder).encode(pixels))
+    assert half.model.dtype == torch.float16
+    edit_weights(copied, lambda s: {k: v + 1 for k, v in s.items()})
+    with pytest.raises(ValueError, match="changed"):
+        half.upcast()
 
 
 def test_a_run_gives_its_newest_checkpoint(folder, tmp_path):

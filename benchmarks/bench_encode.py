@@ -1,0 +1,234 @@
+"""`fastlatent encode` end to end against its stages alone: seconds per image, JPEG files to a finished dataset.
+
+"decode" reads, decodes and crops every file with the threads that the end-to-end run has, and does nothing else; "vae"
+encodes as many batches. placement "shared": all threads may use all cores, and the floor is the serial bound, decode +
+vae (both use all the cores there are). placement "pinned": decoding has one core and the autoencoder another, and the
+floor is the slower stage. On CUDA the floor is "vae". The rival is what is written by hand: a DataLoader with worker
+processes (Pillow, ADM's crop), the same autoencoder, one file at the end.
+
+`bytes` of a row: the JPEG's, of "fastlatent" the dataset's, per image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import harness
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from rows import Case, Row, append, results_path
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
+
+from fastlatent.config import EncodeConfig
+from fastlatent.store.records import PlannedItem, Unit
+from fastlatent.workflows import encode_work
+from fastlatent.workflows.encode import encode
+from fastlatent.workflows.encode_rows import read_pictures
+from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
+
+# Widths of the autoencoder: one with little work to a pixel, so that decoding counts, and Stable Diffusion's.
+WIDTHS = {"narrow": (16, 16, 32, 32), "medium": (32, 64, 64, 64), "sd": (128, 256, 512, 512)}
+PROVIDERS = ("fastlatent", "decode", "vae", "dataloader")
+CUDA = torch.cuda.is_available()
+
+
+def _case(vae: str, placement: str, images: int, dtype: str) -> Case:
+    sizes: dict[str, int | float | str] = {"vae": vae, "placement": placement, "images": images, "size": 256}
+    return Case("encode", sizes, dtype, "cuda" if CUDA else "cpu", PROVIDERS, threads=1 if placement == "pinned" else 2)
+
+
+CASES = (
+    [_case("sd", "shared", 4096, "bfloat16")]
+    if CUDA
+    else [
+        _case(vae, placement, count, "float32")
+        for vae, count in (("narrow", 128), ("medium", 48))
+        for placement in ("shared", "pinned")
+    ]
+)
+
+
+@contextmanager
+def prepare(case: Case) -> Iterator[harness.Prepared]:
+    count, pinned = int(case.sizes["images"]), case.sizes["placement"] == "pinned"
+    with tempfile.TemporaryDirectory() as folder, _placed(pinned) as on_decode_core:
+        root = Path(folder)
+        size = write_images(root / "images", count)
+        write_vae(root / "vae", WIDTHS[str(case.sizes["vae"])])
+        config = EncodeConfig(
+            source=str(root / "images"), vae=str(root / "vae"), out=str(root / "out"), device=case.device,
+            compute_dtype=case.dtype, threads=case.threads, readers=case.threads if case.device == "cpu" else 8,
+            unit_rows=64 if case.device == "cpu" else 4096,
+        )  # fmt: skip
+        setup = set_up_encode(config)
+        unit = whole_unit(setup)
+        work = encode_work.Work(setup, None)  # type: ignore[arg-type]  # it decodes here, and writes nothing
+
+        def end_to_end() -> None:
+            shutil.rmtree(root / "out", ignore_errors=True)
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                encode(config)
+
+        def decode() -> None:
+            parts = [unit.items[i : i + work.chunk] for i in range(0, count, work.chunk)]
+            with on_decode_core(), ThreadPoolExecutor(work.threads) as pool:
+                assert all(pictures for pictures in pool.map(lambda part: read_pictures(setup, unit, part), parts))
+
+        def vae() -> None:
+            batch = setup.config.batch_size
+            for _ in range(-(-count // batch)):
+                pixels = torch.zeros(batch, setup.vae.pixel_channels, 256, 256, device=setup.device)
+                moments = setup.engine.encode(pixels).cpu()
+            assert moments.isfinite().all()
+
+        functions: dict[str, Callable[[], None]] = {
+            "fastlatent": end_to_end,
+            "decode": decode,
+            "vae": vae,
+            "dataloader": by_hand(setup, root),
+        }
+        yield harness.Prepared(
+            {name: (lambda function=function: function) for name, function in functions.items()},
+            bytes=size // count,
+            floor="vae" if case.device == "cuda" else None,
+            rivals=("dataloader",),
+            units=count,
+        )
+
+
+def measure(case: Case, seconds: float) -> list[Row]:
+    """The rows of a case, with the floor that is made of two of its providers."""
+    with prepare(case) as prepared:
+        outcomes = harness.interleave(prepared.providers, device="cpu", min_seconds=seconds)
+    found = harness.rows_of(case, prepared, outcomes)
+    alone = {row.provider: row.p50 for row in found}
+    if case.device == "cpu" and alone["decode"] and alone["vae"]:
+        both = (alone["decode"], alone["vae"])
+        floor = max(both) if case.sizes["placement"] == "pinned" else sum(both)
+        found = [
+            replace(row, floor_seconds=floor, fraction_of_floor=floor / row.p50) if row.p50 else row for row in found
+        ]
+    return found
+
+
+def write_images(folder: Path, count: int) -> int:
+    """`count` JPEGs of 500 x 375, quality 90, in two classes, cut from two photographs; their bytes."""
+    photos = load_sample_images().images
+    total = 0
+    for i in range(count):
+        path = folder / f"class{i % 2}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        left, top = i * 7 % 140, i * 5 % 52
+        Image.fromarray(photos[i % 2][top : top + 375, left : left + 500]).save(path, quality=90)
+        total += path.stat().st_size
+    return total
+
+
+def write_vae(folder: Path, widths: tuple[int, ...]) -> None:
+    """A diffusers AutoencoderKL of these widths with random weights."""
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=widths, layers_per_block=2, norm_num_groups=min(32, widths[0]), latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def whole_unit(setup: EncodeSetup) -> Unit:
+    """One unit of all the files."""
+    items = []
+    for entry in setup.entries():
+        digest, _ = setup.examine(entry)
+        items.append(PlannedItem(entry.key, entry.path, digest, entry.size, entry.mtime_ns))
+    return Unit.of("0" * 64, setup.schema.buckets[0], tuple(items))
+
+
+class Files(torch.utils.data.Dataset):
+    """What is written by hand: Pillow, ADM's crop, [-1, 1]."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        image = Image.open(self.paths[i]).convert("RGB")
+        while min(image.size) >= 512:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = 256 / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image)
+        top, left = (pixels.shape[0] - 256) // 2, (pixels.shape[1] - 256) // 2
+        cut = torch.from_numpy(pixels[top : top + 256, left : left + 256].copy())
+        return cut.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def by_hand(setup: EncodeSetup, root: Path) -> Callable[[], None]:
+    paths = sorted((root / "images").rglob("*.jpg"))
+
+    def run() -> None:
+        loader = torch.utils.data.DataLoader(
+            Files(paths), batch_size=setup.config.batch_size, num_workers=setup.config.readers
+        )
+        parts = [setup.vae.encode(batch.to(setup.device)).half().cpu() for batch in loader]
+        save_file({"moments": torch.cat(parts)}, root / "by_hand.safetensors")
+
+    return run
+
+
+@contextmanager
+def _placed(pinned: bool) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Pinned: this thread on one core, the threads that read on another. Yields what puts this thread there too."""
+    cores = sorted(os.sched_getaffinity(0))
+    if not pinned or len(cores) < 2:
+        yield contextlib.nullcontext
+        return
+    original = read_pictures
+
+    def there(*arguments):
+        os.sched_setaffinity(0, {cores[1]})  # of the calling thread; Pillow's threads are begun by it
+        return original(*arguments)
+
+    @contextmanager
+    def on_decode_core() -> Iterator[None]:
+        os.sched_setaffinity(0, {cores[1]})
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, {cores[0]})
+
+    encode_work.read_pictures = there  # type: ignore[assignment]
+    os.sched_setaffinity(0, {cores[0]})
+    try:
+        yield on_decode_core
+    finally:
+        encode_work.read_pictures = original
+        os.sched_setaffinity(0, set(cores))
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    parser = harness.case_parser((__doc__ or "").split("\n")[0])
+    args = parser.parse_args(argv)
+    written = []
+    for case in harness.chosen_cases(parser, args, CASES):
+        for row in measure(case, args.seconds):
+            append(results_path(), row)
+            print(harness.describe(row), flush=True)
+            written.append(row)
+    return written
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The encoder compiled by Inductor in this process (`compile`) or into a package that is kept (`aoti`)."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlatent.encoders.engines.cache import cached_file
+
+Run = Callable[[Tensor], Tensor]
+
+# Nothing that changes bytes is chosen by timing. Autotuning would take the fastest kernel of the day; `deterministic`
+# (torch >= 2.10) leaves it only such choices as change no sum: block sizes of pointwise kernels.
+OPTIONS: dict[str, Any] = {
+    "deterministic": True,
+    "max_autotune": False,
+    "coordinate_descent_tuning": False,
+    "benchmark_fusion": False,
+}
+
+
+def compile_module(module: nn.Module, pixels: Tensor) -> Run:
+    """`module` compiled whole for inputs exactly like `pixels`; on CUDA replayed as a CUDA graph.
+
+    What a run returns is overwritten by the next one on CUDA.
+    """
+    compiled = torch.compile(module, fullgraph=True, dynamic=False, options=OPTIONS)
+    # Every shape is a compilation of the same code, of which Dynamo allows 8: there may be more buckets.
+    with torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+        compiled(pixels)
+    return captured(compiled, pixels) if pixels.is_cuda else compiled
+
+
+def captured(function: Run, pixels: Tensor) -> Run:
+    """`function` as a CUDA graph, for inputs like `pixels`.
+
+    Our own capture rather than mode="reduce-overhead": Inductor's graphs belong to the thread that made them.
+    """
+    still = pixels.clone()
+    side = torch.cuda.Stream(pixels.device)
+    side.wait_stream(torch.cuda.current_stream(pixels.device))
+    with torch.cuda.stream(side):
+        function(still)  # libraries that set themselves up at the first call must not do so inside the capture
+    torch.cuda.current_stream(pixels.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: threads that decode meanwhile may allocate.
+    with torch.cuda.device(pixels.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = function(still)
+
+    def replay(new: Tensor) -> Tensor:
+        still.copy_(new)
+        graph.replay()
+        return out
+
+    return replay
+
+
+def load_package(module: nn.Module, pixels: Tensor, cache: Path, identity: dict[str, Any]) -> Run:
+    """`module` compiled ahead of time for inputs exactly like `pixels`, from the package in `cache` or into one.
+
+    identity: of the autoencoder; with the dtype, shape, torch and machine it names the package.
+    """
+    key = {
+        "engine": "aoti",
+        "autoencoder": identity,
+        "module": _signature(module),
+        "shape": list(pixels.shape),
+        "channels_last": pixels.is_contiguous(memory_format=torch.channels_last),
+        "dtype": str(pixels.dtype),
+        "options": OPTIONS,
+        "machine": machine(pixels.device),
+    }
+
+    def build(path: Path) -> None:
+        program = torch.export.export(module, (pixels,))
+        # A copy of the options: torch adds its own to the dictionary that it is given.
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
+
+    path = cached_file(cache, key, ".pt2", build)
+    index = pixels.device.index if pixels.device.type == "cuda" else None
+    return torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What compiled code depends on besides its source."""
+    found: dict[str, Any] = {"torch": torch.__version__, "device": device.type}
+    if device.type == "cuda":
+        import triton
+
+        capability = torch.cuda.get_device_capability(device)
+        return {
+            **found,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "gpu": torch.cuda.get_device_name(device),
+            "capability": list(capability),
+        }
+    return {
+        **found,
+        "processor": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),  # Inductor writes their number into the code
+    }
+
+
+def _signature(module: nn.Module) -> str:
+    """Of the code that runs: the modules by class and settings. The weights are in the autoencoder's identity."""
+    return hashlib.sha256(repr(module).encode()).hexdigest()

@@ -1,0 +1,58 @@
+"""A watch over encoding in half precision: what overflows is encoded again in float32, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastlatent.encoders.protocol import Autoencoder
+
+
+class OverflowWatch:
+    """Encodes batches, and repairs rows with NaN or infinity.
+
+    A batch with such a row is encoded whole in float32 and only these rows are taken from that: the result is a
+    function of the batch, whatever came before it. Rows that stay non-finite are left so.
+
+    Args:
+        vae: gives its float32 copy when the first row overflows; it then takes that much more memory.
+        dtype: what `encode` computes in. In float32 nothing is repeated.
+        encode: an engine's; vae.encode without one. float [B, channels, H, W] → float32 moments or latents.
+
+    Attributes:
+        retried: rows that were encoded again.
+    """
+
+    def __init__(self, vae: Autoencoder, dtype: torch.dtype, encode: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._vae = vae
+        self._encode = encode or vae.encode
+        self._full: Autoencoder | None = None
+        self._half = dtype != torch.float32
+        self.retried = 0
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.repair(pixels, self._encode(pixels))
+
+    def repair(self, pixels: Tensor, encoded: Tensor) -> Tensor:
+        """`encoded`, what `pixels` were encoded to, with its non-finite rows replaced; on the device of `encoded`."""
+        if not self._half:
+            return encoded
+        finite = encoded.flatten(1).isfinite().all(1)
+        if finite.all():
+            return encoded
+        self._full = self._full or self._vae.upcast()
+        self.retried += int((~finite).sum())
+        again = self._full.encode(pixels).to(encoded.device)
+        return torch.where(finite.reshape(-1, *[1] * (encoded.ndim - 1)), encoded, again)
+
+
+def precision_warning(vae: Autoencoder, dtype: torch.dtype) -> str | None:
+    """What to tell the user of an autoencoder that was made for float32 and is run in float16; None if it is well."""
+    if dtype != torch.float16 or not getattr(vae, "force_upcast", False):
+        return None
+    return (
+        "this autoencoder's config.json says force_upcast: its activations overflow float16. Images that overflow are "
+        "encoded again in float32; bfloat16 does not overflow"
+    )

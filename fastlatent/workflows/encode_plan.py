@@ -1,0 +1,96 @@
+"""The plan of an encode: who may write the dataset, what is to be done, and whether it fits."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastlatent.pipeline.progress import duration
+from fastlatent.store.records import RAGGED, Unit
+from fastlatent.store.rows import Rows, Values, shard_bytes
+from fastlatent.store.shard import DTYPES
+from fastlatent.store.writer import DatasetWriter
+from fastlatent.workflows.encode_rows import STORED, read_pictures
+from fastlatent.workflows.encode_setup import EncodeSetup
+
+MAX_UNIT_BYTES = 256 * 2**20  # a unit's rows are assembled in memory; one more may be on its way to the disk
+
+
+def open_writer(setup: EncodeSetup) -> DatasetWriter:
+    config = setup.config
+    largest = max(math.prod(bucket) for bucket in setup.schema.buckets) * STORED[config.dtype].itemsize
+    for one in setup.text.columns if setup.text else ():
+        largest += math.prod(setup.text.max_length if size == RAGGED else size for size in one.shape) * 2
+    return DatasetWriter.open(
+        Path(config.out),
+        setup.provenance(),
+        setup.source.classes,
+        unit_rows=max(1, min(config.unit_rows, MAX_UNIT_BYTES // largest)),
+        schema=setup.schema,
+        allow_mixed=config.allow_mixed,
+    )
+
+
+def plan(setup: EncodeSetup, writer: DatasetWriter, on_scan: Callable[[int, int], None] | None = None) -> list[Unit]:
+    return writer.plan(setup.entries(), on_scan, examine=setup.examine)
+
+
+def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
+    """Print what is to be done: images, bytes, space, time; refuse what does not fit.
+
+    The bytes are exact if no file is left out and no further tensor is ragged (those count as empty).
+
+    Raises:
+        ValueError: the disk has less room than the shards will take.
+    """
+    count = sum(len(unit.items) for unit in units)
+    if not count:
+        return
+    config, out = setup.config, Path(setup.config.out)
+    needed = sum(shard_bytes(setup.provenance()["hashed"], unit, _empty(setup, unit), setup.schema) for unit in units)
+    free = shutil.disk_usage(out).free
+    sample = units[0].items[: config.batch_size]
+    begin = time.monotonic()
+    pictures = read_pictures(setup, units[0], sample)
+    reading = (time.monotonic() - begin) / len(sample) / (1 if setup.device.type == "cuda" else config.readers)
+    del pictures
+    seconds = count * max(reading, _encoding_seconds(setup, units[0]) * units[0].bucket[0])
+    print(
+        f"{count:,} images to encode in {len(units):,} shards of {needed:,} bytes ({needed / 2**20:,.1f} MiB), "
+        f"{free / 2**30:,.1f} GiB free, about {duration(seconds)} with one process",
+        flush=True,
+    )
+    if needed > free:
+        raise ValueError(
+            f"{out}: {needed:,} bytes are to be written, and {free:,} are free: choose another folder, or make room"
+        )
+
+
+def _encoding_seconds(setup: EncodeSetup, unit: Unit) -> float:
+    """Of one image, once warm. On the CPU timed by a single one: a whole batch can take half a minute."""
+    size = setup.config.batch_size if setup.device.type == "cuda" else 1
+    pixels = torch.zeros(size, setup.vae.pixel_channels, *setup.pixel_shape(unit.bucket), device=setup.device)
+    encode = setup.engine.encode if setup.device.type == "cuda" else setup.vae.encode
+    for _ in range(2):
+        begin = time.monotonic()
+        encode(pixels).cpu()
+    return (time.monotonic() - begin) / size
+
+
+def _empty(setup: EncodeSetup, unit: Unit) -> Rows:
+    """Rows of the unit's shapes and dtypes, of no contents and, until someone touches it, of no memory."""
+    count, dtype = len(unit.items), STORED[setup.config.dtype]
+    scale = np.empty((count, *unit.bucket[:2]), np.float32) if setup.config.dtype == "int8" else None
+    extras: dict[str, Values] = {}
+    for one in setup.schema.extras:
+        kind = DTYPES[one.dtype]
+        extras[one.name] = (
+            [np.empty((0, *one.shape[1:]), kind)] * count if one.ragged else np.empty((count, *one.shape), kind)
+        )
+    return Rows([item.key for item in unit.items], np.empty((count, *unit.bucket), dtype), None, None, scale, extras)

@@ -1,0 +1,83 @@
+"""The units of an encode as tasks of a Ray cluster: Ray schedules, retries and scales; the store keeps what is done."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastlatent.config import EncodeConfig
+from fastlatent.pipeline.progress import Progress
+from fastlatent.store.records import Unit
+from fastlatent.workflows.encode_plan import open_writer, plan
+from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
+from fastlatent.workflows.encode_work import Work
+
+RETRIES = 3  # of a task whose process or machine died; what it had not committed is done again
+_open: dict[EncodeConfig, Work] = {}  # in a Ray worker, which runs many tasks
+
+
+def run_units(setup: EncodeSetup, units: list[Unit]) -> int:
+    """Run every unit as one task on the cluster at RAY_ADDRESS, or on one that is started here; return the new rows.
+
+    Units that other processes have or that tasks failed to finish are left to the caller.
+
+    Raises:
+        ValueError: ray is not installed; what a task raised.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--cluster ray: expected the package ray: pip install 'fastlatent[ray]'") from None
+    config = _absolute(setup.config)
+    ours = not ray.is_initialized()
+    if ours:
+        address = os.environ.get("RAY_ADDRESS")
+        ray.init(address=address, logging_level=logging.WARNING, **({} if address else {"include_dashboard": False}))
+    try:
+        needed = {"CPU": config.threads, "GPU": 1 if setup.device.type == "cuda" else 0}
+        nodes = [node["Resources"] for node in ray.nodes()]
+        if not any(all(node.get(kind, 0) >= count for kind, count in needed.items()) for node in nodes):
+            found = [{kind: node.get(kind, 0) for kind in needed} for node in nodes]
+            raise ValueError(f"--cluster ray: expected a node with {needed}, got {found}: fewer --threads, or --device")
+        task = ray.remote(max_retries=RETRIES, num_cpus=needed["CPU"], num_gpus=needed["GPU"])(_run_unit)
+        size = {task.remote(config, unit.id): len(unit.items) for unit in units}
+        waiting, rows = list(size), 0
+        with Progress("encode", sum(size.values()), "images") as progress:
+            while waiting:
+                done, waiting = ray.wait(waiting)
+                for one in done:
+                    try:
+                        rows += ray.get(one)
+                    except ray.exceptions.RayTaskError as error:
+                        raise error.cause if isinstance(error.cause, (ValueError, OSError)) else error from None
+                    progress.advance(size[one])
+        return rows
+    finally:
+        if ours:
+            ray.shutdown()  # its workers end, and with them their leases
+
+
+def _run_unit(config: EncodeConfig, unit: str) -> int:
+    """In a worker: one unit, unless it is done or another has it; the number of its rows."""
+    if config not in _open:
+        setup = set_up_encode(config)
+        writer = open_writer(setup).__enter__()  # until this process ends
+        plan(setup, writer)
+        _open[config] = Work(setup, writer)
+    work = _open[config]
+    before = work.encoded
+    work.run(0, only=unit)
+    return work.encoded - before
+
+
+def _absolute(config: EncodeConfig) -> EncodeConfig:
+    """Workers have a working folder of their own."""
+    names = ("source", "vae", "out", "trajectories", "manifest_root", "text_encoder")
+    paths = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    absolute: dict[str, Any] = {
+        name: path if "://" in path else str(Path(path).resolve()) for name, path in paths.items()
+    }
+    return replace(config, **absolute)

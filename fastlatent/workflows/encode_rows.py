@@ -1,0 +1,225 @@
+"""The files of one unit → its rows: read, decode and crop in threads; encode in batches of one size; store dtype."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlatent.encoders.text import TextEncoder
+from fastlatent.encoders.watch import OverflowWatch
+from fastlatent.media.images import ImageError
+from fastlatent.pipeline.meter import Meter
+from fastlatent.sources.items import content_digest
+from fastlatent.store.records import PlannedItem, Quarantined, Unit
+from fastlatent.store.rows import Rows, Values, quantize
+from fastlatent.workflows.encode_setup import STORED, EncodeSetup
+from fastlatent.workflows.runtime import DTYPES
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file as the autoencoder will see it, or why it is left out.
+
+    pixels: [h, w, C] uint8, or float32 in [0, 1]; an array, or a CUDA tensor where that decodes.
+    """
+
+    item: PlannedItem
+    pixels: Any
+    orig_hw: tuple[int, int] = (0, 0)
+    crop: np.ndarray | None = None
+    error: ImageError | None = None
+
+
+def read_pictures(setup: EncodeSetup, unit: Unit, items: Sequence[PlannedItem]) -> list[Picture]:
+    """Read, decode, resize and crop. Runs in several threads.
+
+    Raises:
+        ValueError: a file cannot be read, or is not what was planned.
+    """
+    files = []
+    for planned in items:
+        item = setup.items.get(planned.key)
+        data = b"" if item is None else setup.read(item)
+        if item is None or content_digest(item, data) != planned.digest:
+            raise ValueError(f"{planned.path} changed while the dataset was being encoded; rerun the same command")
+        files.append(data)
+    shape = setup.pixel_shape(unit.bucket)
+    bucket = setup.transform.shapes.index(shape)
+    pictures = []
+    images: list[Any] = setup.decoder.decode(files)
+    for planned, image in zip(items, images, strict=True):
+        try:
+            if isinstance(image, ImageError):
+                raise image
+            pixels, crop = setup.transform.apply(image, planned.key, bucket)
+        except ImageError as error:
+            pictures.append(Picture(planned, None, error=error))
+        else:
+            pictures.append(Picture(planned, pixels, (int(image.shape[0]), int(image.shape[1])), crop))
+    return pictures
+
+
+@dataclass
+class _Running:
+    """A batch that the device is at work on: where its rows go, and what comes back."""
+
+    begin: int
+    count: int
+    pixels: Tensor
+    moments: list[Tensor]
+    done: torch.cuda.Event | None
+    begun: torch.cuda.Event | None
+
+
+class RowMaker:
+    """`for picture in …: maker.add(picture)`, then `maker.finish()`: the rows of one unit.
+
+    A batch's size changes its last bits, so all have one size, and the last one is padded with grey. On CUDA the next
+    batch is launched before the last one's rows are fetched.
+
+    Args:
+        check: called before each batch; raises to stop.
+        on_done: called with a number of files that are done, and of those that are left out.
+    """
+
+    def __init__(
+        self,
+        setup: EncodeSetup,
+        watch: OverflowWatch,
+        unit: Unit,
+        meter: Meter,
+        check: Callable[[], None],
+        on_done: Callable[[int, int], None],
+    ) -> None:
+        self._setup, self._watch, self._unit, self._meter = setup, watch, unit, meter
+        self._check, self._on_done = check, on_done
+        config, bucket = setup.config, unit.bucket
+        self._good: list[Picture] = []
+        self._bad: list[Quarantined] = []
+        self._waiting: list[Picture] = []
+        self._running: deque[_Running] = deque()
+        self._payload = np.empty((len(unit.items), *bucket), STORED[config.dtype])
+        # A scale per channel: means and log-variances differ by more than 127 steps can tell apart.
+        self._scale = np.empty((len(unit.items), *bucket[:2]), np.float32) if config.dtype == "int8" else None
+
+    def add(self, picture: Picture) -> None:
+        if picture.error is not None:
+            item, error = picture.item, picture.error
+            self._bad.append(Quarantined(item.key, item.digest, str(error), type(error).__name__))
+            self._on_done(1, 1)
+            return
+        self._waiting.append(picture)
+        if len(self._waiting) == self._setup.config.batch_size:
+            self._launch()
+
+    def finish(self) -> tuple[Rows, list[Quarantined]]:
+        if self._waiting:
+            self._launch()
+        while self._running:
+            self._fetch()
+        good, count = self._good, len(self._good)
+        rows = Rows(
+            [picture.item.key for picture in good],
+            self._payload[:count],
+            np.array([picture.orig_hw for picture in good], np.int32).reshape(-1, 2),
+            np.array([picture.crop for picture in good], np.int32).reshape(-1, 4),
+            None if self._scale is None else self._scale[:count],
+            self._extras([picture.item.key for picture in good]),
+        )
+        return rows, self._bad
+
+    def _launch(self) -> None:
+        self._check()
+        setup, count = self._setup, len(self._waiting)
+        pixels = to_batch([picture.pixels for picture in self._waiting], setup.config.batch_size, setup.device)
+        begin = len(self._good)
+        self._good += [Picture(one.item, None, one.orig_hw, one.crop) for one in self._waiting]
+        self._waiting = []
+        flips = self._unit.bucket[0]
+        if setup.device.type == "cuda":
+            begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            moments = [setup.engine.encode(view) for view in [pixels, pixels.flip(-1)][:flips]]
+            done.record()
+            self._running.append(_Running(begin, count, pixels, moments, done, begun))
+        else:
+            with self._meter.busy("encode"):
+                moments = [setup.engine.encode(view) for view in [pixels, pixels.flip(-1)][:flips]]
+            self._running.append(_Running(begin, count, pixels, moments, None, None))
+        while len(self._running) > (1 if setup.device.type == "cuda" else 0):
+            self._fetch()
+
+    def _fetch(self) -> None:
+        """Bring the oldest running batch's rows back, in the dtype they are stored in."""
+        run = self._running.popleft()
+        views = [run.pixels, run.pixels.flip(-1)]
+        moments = torch.stack(
+            [self._watch.repair(view, part) for view, part in zip(views, run.moments, strict=False)], dim=1
+        )[: run.count, :, : self._unit.bucket[1]]
+        where = slice(run.begin, run.begin + run.count)
+        if self._scale is not None:
+            self._payload[where], self._scale[where] = quantize(moments.cpu().numpy(), 3)
+        else:
+            self._payload[where] = _stored(moments, self._setup.config.dtype)
+        if run.begun is not None and run.done is not None:
+            self._meter.add("encode", run.begun.elapsed_time(run.done) / 1e3)
+        self._on_done(run.count, 0)
+
+    def _extras(self, keys: list[str]) -> dict[str, Values]:
+        """The further tensors of these rows: what the source attached, and embeddings of the captions."""
+        setup = self._setup
+        attached = [setup.items[key].attached for key in keys]
+        columns: dict[str, Values] = {}
+        for column in setup.source.columns:
+            values = [one[column.name] for one in attached]
+            if column.dtype == "U8":
+                columns[column.name] = [np.frombuffer(text.encode(), np.uint8) for text in values]
+            else:
+                kind = {"F32": np.float32, "F64": np.float64, "I64": np.int64}[column.dtype]
+                columns[column.name] = np.array(values, kind).reshape(len(keys), *column.shape)
+        if setup.text is not None and keys:
+            columns |= _embeddings(setup.text, [one["caption"] for one in attached])
+        return columns
+
+
+def _embeddings(text: TextEncoder, captions: list[str]) -> dict[str, Values]:
+    """The encoder's columns. Cast batch by batch: in float32 a caption of T5-XXL takes 4 MiB."""
+    tokens, pooled = [], []
+    for begin in range(0, len(captions), text.batch_size):
+        for one in text.encode(captions[begin : begin + text.batch_size]):
+            tokens.append(one.tokens.numpy().astype(np.float16))
+            if one.pooled is not None:
+                pooled.append(one.pooled.numpy().astype(np.float16))
+    columns: dict[str, Values] = {"text": tokens if text.columns[0].ragged else np.stack(tokens)}
+    return {**columns, "text_pooled": np.stack(pooled)} if pooled else columns
+
+
+def to_batch(pixels: Sequence[Any], size: int, device: torch.device) -> Tensor:
+    """[h, w, C] images, uint8 or float32 in [0, 1], as float32 [size, C, h, w] in [−1, 1] on the device.
+
+    What is missing to `size` is 0, mid-grey. x / 127.5 − 1, or 2x − 1, in float32, as `media.images.to_model_range`.
+    """
+    images = [one if isinstance(one, Tensor) else torch.from_numpy(one) for one in pixels]
+    if all(image.dtype == torch.uint8 for image in images):
+        parts = [torch.stack(images).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1]
+    else:
+        parts = []
+        for image in images:
+            unit = image.to(device).permute(2, 0, 1)[None]
+            parts.append(unit.float() / 127.5 - 1 if image.dtype == torch.uint8 else 2 * unit - 1)
+    missing = size - len(images)
+    if missing:
+        parts.append(torch.zeros(missing, *parts[0].shape[1:], device=device))
+    return torch.cat(parts).contiguous()
+
+
+def _stored(moments: Tensor, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return moments.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
+    return moments.to(DTYPES[dtype]).cpu().numpy()

@@ -1,0 +1,241 @@
+"""What an encode settles before its first unit: source, crop, decoder, autoencoder, engine, and the rows they give."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import __version__ as pillow_version
+
+from fastlatent import __version__
+from fastlatent.config import EncodeConfig
+from fastlatent.encoders.engines.choose import choose_engine
+from fastlatent.encoders.engines.engine import Engine, open_engine
+from fastlatent.encoders.engines.numerics import fix_numerics
+from fastlatent.encoders.load import load_autoencoder
+from fastlatent.encoders.protocol import Autoencoder
+from fastlatent.encoders.text import TextEncoder, load_text_encoder
+from fastlatent.media.decoders import Decoder, choose_decoder, open_decoder
+from fastlatent.media.images import ImageError, image_size
+from fastlatent.media.transforms import Transform, open_transform
+from fastlatent.sources.items import Item, Source, content_digest
+from fastlatent.sources.open import open_source
+from fastlatent.store.reader import PROVENANCE, read_provenance
+from fastlatent.store.records import Field, Schema
+from fastlatent.store.scan import Entry
+from fastlatent.workflows.runtime import DTYPES, available_cores, set_up
+
+STORED = {
+    name: np.dtype(kind)
+    for name, kind in (("float16", np.float16), ("bfloat16", np.uint16), ("float32", np.float32), ("int8", np.int8))
+}
+
+
+@dataclass(frozen=True)
+class EncodeSetup:
+    """Everything that decides the bytes of a dataset, settled.
+
+    Attributes:
+        config: with engine, batch_size and threads as they are used.
+        reasons: of what `auto` chose, one line each.
+    """
+
+    config: EncodeConfig
+    source: Source
+    transform: Transform
+    decoder: Decoder
+    vae: Autoencoder
+    text: TextEncoder | None
+    device: torch.device
+    schema: Schema
+    reasons: tuple[str, ...]
+
+    @cached_property
+    def items(self) -> dict[str, Item]:
+        """The source's items by key."""
+        return {item.key: item for item in self.source.items}
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Opened when the first unit needs it: compiling may take minutes."""
+        config = self.config
+        shapes = tuple((config.batch_size, self.vae.pixel_channels, *shape) for shape in self.transform.shapes)
+        return open_engine(config.engine, self.vae, shapes=shapes, cache=engine_cache())
+
+    def entries(self) -> list[Entry]:
+        """The source's items as the store lists them."""
+        return [
+            Entry(item.key, item.place, item.label, item.size, item.stamp, 0, item.group, item.order)
+            for item in self.source.items
+        ]
+
+    def examine(self, entry: Entry) -> tuple[str, int]:
+        """Digest and bucket of an entry's bytes; what cannot be decoded goes to bucket 0, and to quarantine later."""
+        item = self.items[entry.key]
+        data = self.read(item)
+        try:
+            return content_digest(item, data), self.transform.shape_of(*image_size(data, input_range=self.input_range))
+        except ImageError:
+            return content_digest(item, data), 0
+
+    @property
+    def input_range(self) -> tuple[float, float] | None:
+        return parse_range(self.config.input_range) if self.config.input_range else None
+
+    def read(self, item: Item) -> bytes:
+        try:
+            return self.source.read(item)
+        except OSError as error:
+            raise ValueError(f"{item.place} could not be read: {error.strerror}; rerun the same command") from None
+
+    def latent_shape(self, pixels: tuple[int, int]) -> tuple[int, ...]:
+        """Of a row: [F, 2C or C, h, w]."""
+        return _latent_shape(self.config, self.vae, pixels)
+
+    def pixel_shape(self, row: tuple[int, ...]) -> tuple[int, int]:
+        """The inverse: height and width of the pixels that a row is made of."""
+        return row[-2] * self.vae.downsample, row[-1] * self.vae.downsample
+
+    def provenance(self) -> dict[str, Any]:
+        """What changes the bytes of a dataset (hashed), and what helps to understand it (informational)."""
+        config = self.config
+        engine = {
+            **self.engine.settings(),
+            "device": self.device.type,
+            "dtype": config.compute_dtype,
+            "batch_size": config.batch_size,
+        }
+        columns = [column.name for column in self.source.columns]
+        return {
+            "hashed": {
+                "vae": self.vae.identity(),
+                "decode": self.decoder.rule,
+                "transform": self.transform.settings(),
+                "pixel_range": [-1, 1],
+                "mirror": config.mirror,
+                "storage_dtype": config.dtype,
+                "payload": config.payload,
+                # A convolution's last bits depend on batch size, threads and device.
+                "engine": engine if self.device.type == "cuda" else {**engine, "threads": config.threads},
+                **({"input_range": list(self.input_range)} if self.input_range else {}),
+                **({"columns": columns} if columns else {}),
+                **({"text": self.text.identity()} if self.text else {}),
+            },
+            "informational": {
+                "vae_path": str(Path(config.vae).resolve()),
+                "source": config.source if "://" in config.source else str(Path(config.source).resolve()),
+                "fastlatent": __version__,
+                "environment": {
+                    "torch": torch.__version__,
+                    "pillow": pillow_version,
+                    "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name(),
+                },
+            },
+        }
+
+
+def set_up_encode(config: EncodeConfig) -> EncodeSetup:
+    """Open and choose everything; see EncodeConfig.
+
+    Raises:
+        ValueError: the source, the autoencoder or a setting cannot be used as asked.
+    """
+    source = open_source(
+        config.source,
+        kind=config.kind,
+        split=config.split,
+        names=config.trajectories,
+        captions=config.captions,
+        conditions=config.condition_spec,
+        root=config.manifest_root,
+    )
+    if not len(source.items):
+        raise ValueError(
+            f"{config.source}: expected images, got none that can be used: " + "; ".join(
+                f"{key}: {why}" for key, why in list(source.left_out.items())[:3]
+            )
+        )  # fmt: skip
+    recorded = recorded_engine(Path(config.out))
+    threads = config.threads or recorded.get("threads", 0) or available_cores()
+    device = set_up(config.device, threads)
+    fix_numerics()
+    vae = load_autoencoder(config.vae, device, DTYPES[config.compute_dtype])
+    if config.payload == "moments" and not vae.has_posterior:
+        raise ValueError(f"--payload moments: {config.vae} gives latents without a posterior; say --payload latents")
+    transform = open_transform(config.transform, config.size, seed=config.seed, multiple=vae.size_multiple)
+    for height, width in transform.shapes:
+        if height % vae.size_multiple or width % vae.size_multiple:
+            raise ValueError(f"--size {config.size}: this autoencoder needs a multiple of {vae.size_multiple}")
+    if len(transform.shapes) > 1 and source.items[0].group:
+        raise ValueError("--transform buckets: expected images without groups; frames of a trajectory have one shape")
+    reasons = []
+    name = config.decoder
+    if name == "auto":
+        name, why = choose_decoder(device.type, vae.pixel_channels)
+        reasons.append(f"decoder {name}: {why}")
+    decoder = open_decoder(
+        name, channels=vae.pixel_channels, device=device.type, threads=config.readers,
+        input_range=parse_range(config.input_range) if config.input_range else None,
+    )  # fmt: skip
+    engine, batch, why = choose_engine(device, len(source.items), transform.shapes)
+    if config.engine == "auto":
+        reasons.append(f"engine {recorded.get('name', engine)}: {'as recorded' if 'name' in recorded else why}")
+    text = None
+    if config.text_encoder:
+        if config.captions is None:
+            raise ValueError("--text-encoder: expected --captions too, which says where the captions are")
+        text = load_text_encoder(config.text_encoder, device, torch.float32, max_length=config.text_length or None)
+    settled = replace(
+        config,
+        threads=threads,
+        engine=recorded.get("name", engine) if config.engine == "auto" else config.engine,
+        batch_size=config.batch_size or recorded.get("batch_size", batch),
+    )
+    buckets = tuple(_latent_shape(config, vae, shape) for shape in transform.shapes)
+    extras = tuple(Field(one.name, one.dtype, one.shape) for one in source.columns) + (text.columns if text else ())
+    return EncodeSetup(
+        settled, source, transform, decoder, vae, text, device,
+        Schema(buckets, config.payload, extras), tuple(reasons),
+    )  # fmt: skip
+
+
+def recorded_engine(out: Path) -> dict[str, Any]:
+    """The engine that an unfinished or finished dataset was begun with, {} if there is none."""
+    if not (out / PROVENANCE).exists():
+        return {}
+    return read_provenance(out)["hashed"].get("engine", {})
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """ "LOW,HIGH" of --input-range."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not (np.isfinite([low, high]).all() and low < high):
+        raise ValueError(f'--input-range: expected two numbers, "LOW,HIGH" with LOW < HIGH, got {text!r}')
+    return low, high
+
+
+def engine_cache() -> Path:
+    """Where compiled engines are kept: FASTLATENT_CACHE, else the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FASTLATENT_CACHE") or Path(home) / "fastlatent") / "engines"
+
+
+def _latent_shape(config: EncodeConfig, vae: Autoencoder, pixels: tuple[int, int]) -> tuple[int, ...]:
+    channels = vae.latent_channels * (2 if config.payload == "moments" else 1)
+    return (2 if config.mirror else 1, channels, pixels[0] // vae.downsample, pixels[1] // vae.downsample)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")
