@@ -7,9 +7,15 @@ from pathlib import Path
 
 from fastlatent.config import EncodeConfig
 from fastlatent.pipeline.progress import Progress
+from fastlatent.sources.columnar import ItemTable
 from fastlatent.sources.trajectories import find_datasets
+from fastlatent.store.admission import check_shards
 from fastlatent.store.files import write_atomic
+from fastlatent.store.merge import published
+from fastlatent.store.provenance import fingerprint
 from fastlatent.store.reader import Dataset
+from fastlatent.store.records import ROOT
+from fastlatent.store.unchanged import unchanged
 from fastlatent.workflows.encode_plan import open_writer, plan, preflight
 from fastlatent.workflows.encode_ray import run_units
 from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
@@ -61,6 +67,14 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
     out = Path(config.out)
     refuse_output_in_source(config.out, config.source)
     setup = set_up_encode(config)
+    if (done := finished(setup)) is not None:
+        info = published(done)
+        report = EncodeReport(
+            out, info.rows, 0, info.shards, info.bytes, _quarantined(done), dict(setup.source.left_out)
+        )  # fmt: skip
+        _copy_beside(setup, out)
+        _print(setup, report)
+        return report
     with open_writer(setup) as writer:
         keep_config(out / "encode.yaml", setup.config)
         for line in setup.reasons:
@@ -79,20 +93,35 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
         elsewhere = run_units(setup, units) if config.cluster == "ray" else 0
         work.run(sum(len(unit.items) for unit in units))
         info = writer.finish()
-    dataset = Dataset.open(out)
-    quarantined = {one.key: one.reason for one in dataset.quarantined}
     report = EncodeReport(
         out,
         info.rows,
         elsewhere + work.encoded,
         info.shards,
         info.bytes,
-        quarantined,
+        _quarantined(Dataset.open(out)),
         dict(setup.source.left_out),
         work.retried,
     )
     _print(setup, report)
     return report
+
+
+def finished(setup: EncodeSetup) -> Dataset | None:
+    """The dataset, if it is of these settings and of exactly these files: told by arrays, 1.28 M files in a second."""
+    out, items = Path(setup.config.out), setup.source.items
+    if not (out / ROOT).exists() or not isinstance(items, ItemTable):
+        return None
+    dataset = Dataset.open(out)
+    check_shards(out, dataset)
+    same = dataset.fingerprint == fingerprint(setup.provenance()["hashed"]) and unchanged(
+        dataset, items.keys.utf8, items.keys.offsets, items.size, items.stamp, items.label, setup.source.classes
+    )
+    return dataset if same else None
+
+
+def _quarantined(dataset: Dataset) -> dict[str, str]:
+    return {one.key: one.reason for one in dataset.quarantined}
 
 
 def _copy_beside(setup: EncodeSetup, out: Path) -> None:

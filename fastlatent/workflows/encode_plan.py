@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastlatent.pipeline.progress import duration
-from fastlatent.store.records import RAGGED, Unit
+from fastlatent.store.records import Unit
 from fastlatent.store.rows import Rows, Values, shard_bytes
 from fastlatent.store.shard import DTYPES
 from fastlatent.store.writer import DatasetWriter
@@ -25,8 +25,10 @@ MAX_UNIT_BYTES = 256 * 2**20  # a unit's rows are assembled in memory; one more 
 def open_writer(setup: EncodeSetup) -> DatasetWriter:
     config = setup.config
     largest = max(math.prod(bucket) for bucket in setup.schema.buckets) * STORED[config.dtype].itemsize
-    for one in setup.text.columns if setup.text else ():
-        largest += math.prod(setup.text.max_length if size == RAGGED else size for size in one.shape) * 2
+    if setup.text is not None:
+        for one in setup.text.columns:
+            rows = setup.text.max_length if one.ragged else one.shape[0]
+            largest += 2 * rows * math.prod(one.shape[1:])
     return DatasetWriter.open(
         Path(config.out),
         setup.provenance(),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlatent.encoders.text import TextEncoder
+from fastlatent.encoders.text import BATCH_SIZE, TextEncoder
 from fastlatent.encoders.watch import OverflowWatch
 from fastlatent.media.images import ImageError
 from fastlatent.pipeline.meter import Meter
@@ -44,7 +44,7 @@ def read_pictures(setup: EncodeSetup, unit: Unit, items: Sequence[PlannedItem]) 
     """
     files = []
     for planned in items:
-        item = setup.items.get(planned.key)
+        item = setup.item(planned.key)
         data = b"" if item is None else setup.read(item)
         if item is None or content_digest(item, data) != planned.digest:
             raise ValueError(f"{planned.path} changed while the dataset was being encoded; rerun the same command")
@@ -174,7 +174,8 @@ class RowMaker:
     def _extras(self, keys: list[str]) -> dict[str, Values]:
         """The further tensors of these rows: what the source attached, and embeddings of the captions."""
         setup = self._setup
-        attached = [setup.items[key].attached for key in keys]
+        items = [setup.item(key) for key in keys] if setup.schema.extras else []
+        attached = [item.attached for item in items if item is not None]
         columns: dict[str, Values] = {}
         for column in setup.source.columns:
             values = [one[column.name] for one in attached]
@@ -191,8 +192,8 @@ class RowMaker:
 def _embeddings(text: TextEncoder, captions: list[str]) -> dict[str, Values]:
     """The encoder's columns. Cast batch by batch: in float32 a caption of T5-XXL takes 4 MiB."""
     tokens, pooled = [], []
-    for begin in range(0, len(captions), text.batch_size):
-        for one in text.encode(captions[begin : begin + text.batch_size]):
+    for begin in range(0, len(captions), BATCH_SIZE):
+        for one in text.encode(captions[begin : begin + BATCH_SIZE]):
             tokens.append(one.tokens.numpy().astype(np.float16))
             if one.pooled is not None:
                 pooled.append(one.pooled.numpy().astype(np.float16))

@@ -23,6 +23,7 @@ from fastlatent.encoders.text import TextEncoder, load_text_encoder
 from fastlatent.media.decoders import Decoder, choose_decoder, open_decoder
 from fastlatent.media.images import ImageError, image_size
 from fastlatent.media.transforms import Transform, open_transform
+from fastlatent.sources.columnar import ItemTable
 from fastlatent.sources.items import Item, Source, content_digest
 from fastlatent.sources.open import open_source
 from fastlatent.store.reader import PROVENANCE, read_provenance
@@ -55,9 +56,16 @@ class EncodeSetup:
     schema: Schema
     reasons: tuple[str, ...]
 
+    def item(self, key: str) -> Item | None:
+        """The source's item of this key."""
+        items = self.source.items
+        if not isinstance(items, ItemTable):
+            return self._by_key.get(key)
+        number = items.find(key)
+        return items[number] if number >= 0 else None
+
     @cached_property
-    def items(self) -> dict[str, Item]:
-        """The source's items by key."""
+    def _by_key(self) -> dict[str, Item]:
         return {item.key: item for item in self.source.items}
 
     @cached_property
@@ -76,7 +84,8 @@ class EncodeSetup:
 
     def examine(self, entry: Entry) -> tuple[str, int]:
         """Digest and bucket of an entry's bytes; what cannot be decoded goes to bucket 0, and to quarantine later."""
-        item = self.items[entry.key]
+        item = self.item(entry.key)
+        assert item is not None
         data = self.read(item)
         try:
             return content_digest(item, data), self.transform.shape_of(*image_size(data, input_range=self.input_range))

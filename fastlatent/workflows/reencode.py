@@ -61,7 +61,7 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
     digests = digest_strings(dataset.src_xxh3[chosen])
     items: dict[int, PlannedItem] = {}
     for i, digest in zip(chosen.tolist(), digests, strict=True):
-        item = setup.items.get(dataset.key(i))
+        item = setup.item(dataset.key(i))
         with suppress(ValueError):  # it cannot be read any more
             if item is not None and content_digest(item, setup.read(item)) == digest:
                 items[i] = PlannedItem(item.key, item.place, digest, item.size, item.stamp)

@@ -1,19 +1,16 @@
 import errno
 import inspect
 import os
-import pickle
 import re
 import sys
 import tempfile
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlatent.sources.columnar import ItemTable, Keys
 from fastlatent.sources.files import MAX_TEXT
 from fastlatent.sources.image_folder import EXTENSIONS, scan_image_folder
 from fastlatent.sources.items import RAGGED, Column
@@ -433,44 +430,3 @@ class TestUrls:
         os.symlink(tmp_path, tmp_path / "c" / "d" / "round")  # fsspec's own listing would run 40 rounds
         touch(tmp_path / "c" / "1.png")
         assert keys(f"file://{tmp_path}") == ["c/1.png"]
-
-
-class TestItems:
-    @pytest.fixture
-    def items(self, tmp_path):
-        for i in range(5):
-            touch(tmp_path / f"{i}.png")
-        return scan_image_folder(tmp_path).items
-
-    def test_are_a_sequence(self, items, monkeypatch):
-        monkeypatch.setattr("fastlatent.sources.columnar.BLOCK", 2)  # 2, 2 and 1
-        every = list(items)
-        assert [item.key for item in every] == [f"{i}.png" for i in range(5)]
-        assert [items[i] for i in range(5)] == [items[i - 5] for i in range(5)] == every
-        for cut in (slice(1, 3), slice(None, None, 2), slice(4, 1), slice(-2, 9), slice(None, None, -1)):
-            assert items[cut] == every[cut]
-        for i in (5, -6):
-            with pytest.raises(IndexError):
-                items[i]
-
-    def test_are_found_by_key(self, items):
-        assert [items.find(f"{i}.png") for i in range(5)] == [0, 1, 2, 3, 4]
-        assert [items.find(key) for key in ("", "0.pn", "0.png0", "z", "9.png")] == [-1] * 5
-
-    def test_go_to_other_processes(self, tmp_path):
-        touch(tmp_path / "1.png")
-        source = scan_image_folder(tmp_path)
-        copy = pickle.loads(pickle.dumps(source))
-        assert list(copy.items) == list(source.items) and copy.read(copy.items[0]) == b""
-
-    def test_columns(self, items):
-        assert isinstance(items, ItemTable)
-        dtypes = [one.dtype for one in (items.keys.offsets, items.keys.utf8, items.size, items.stamp, items.label)]
-        assert dtypes == [np.dtype(one) for one in ("<u8", "u1", "<u8", "<i8", "<i8")]  # those of a dataset's index
-
-
-def test_endings():
-    names = [b"a", b"png", b"x.png", b"x.PnG", b"x.png0", b"[.PNG", b"x.pn\x87", b"long/name.jpeg", b"y.caption"]
-    found = Keys.of(names).ending((".png", ".jpeg", ".caption"))
-    assert [name for name, one in zip(names, found, strict=True) if one] == [names[i] for i in (2, 3, 5, 7, 8)]
-    assert Keys.of([]).ending((".png",)).tolist() == []
