@@ -1,0 +1,107 @@
+"""The README's commands of "Encode anything", as they stand there but for the sizes, on data of the same layouts."""
+
+import json
+import pickle
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import plain_ldm_autoencoder
+import pytest
+import torch
+from PIL import Image
+
+from fastlatent.pipeline.checkpoints import checkpoints
+from fastlatent.store.reader import Dataset
+
+README = Path(__file__).parents[2] / "README.md"
+PIXELS = {"224": "8", "256": "8"}
+
+
+def readme_commands() -> list[str]:
+    section = README.read_text().split("### Encode anything\n")[1].split("\n### ")[0]
+    return re.findall(r"^    (fastlatent .*)$", section, re.MULTILINE)
+
+
+def trajectory(folder: Path, frames: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for i in range(frames):
+        Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+    poses = {"position": draw.normal(size=(frames, 2)), "yaw": draw.normal(size=(frames,))}
+    (folder / "traj_data.pkl").write_bytes(pickle.dumps(poses))
+
+
+@pytest.fixture(scope="module")
+def place(chain, tmp_path_factory) -> Path:
+    """A folder with everything that the commands name."""
+    root = tmp_path_factory.mktemp("readme")
+    for name in ("recon", "tartan"):
+        for number in range(2):
+            trajectory(root / "data" / name / f"run_{number}", 11, seed=number)
+    for name in ("vae", "sd-vae-ft-ema"):
+        shutil.copytree(checkpoints(chain.vae)[-1], root / name)
+    weights = plain_ldm_autoencoder.random_weights(0, ch=32, mult=(1, 1), blocks=1, z=4, encoder_attention=(1,))
+    torch.save({"model": {name: tensor.float() for name, tensor in weights.items()}}, root / "kl16.ckpt")
+    for wnid in ("n01440764", "n01443537"):
+        (root / "imagenet" / "train" / wnid).mkdir(parents=True)
+        for i in range(3):
+            chain.image(i).save(root / "imagenet" / "train" / wnid / f"{wnid}_{i}.JPEG")
+    lines = [{"record_type": "set", "output_root": "fields"}]
+    (root / "fields").mkdir()
+    for i in range(4):
+        deep = np.random.default_rng(i).integers(0, 65536, (10, 12), dtype=np.uint16)
+        Image.fromarray(deep).save(root / "fields" / f"{i}.tif")
+        metadata = {"split": "train" if i < 3 else "val", "temperature": 0.5 * i, "wind": [3.0, 4.0, 0.0]}
+        lines.append({"record_type": "sample", "output_rel": f"{i}.tif", "metadata": metadata})
+    (root / "manifest.json").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(chain, place) -> Path:
+    """The folder after the commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for line in readme_commands():
+            words = shlex.split(line)[1:]
+            words = [PIXELS.get(word, word) if words[i - 1] == "--size" else word for i, word in enumerate(words)]
+            more = ["--batch-size", "2"] if words[0] == "encode" else ["--size", "16"]
+            chain.ok("", *words, *more, "--threads", "1")
+    return place
+
+
+def test_every_command_is_there():
+    kinds = [line.split()[1] for line in readme_commands()]
+    assert kinds == ["encode", "encode", "encode", "roundtrip", "encode"]
+
+
+def test_trajectories(done):
+    for name in ("recon", "tartan_drive"):
+        dataset = Dataset.open(done / "latents" / name)
+        assert len(dataset) == 22 and len(dataset.groups) == 2
+        assert [dataset.key(i) for i in (0, 2, 10, 11)] == ["run_0/0.jpg", "run_0/2.jpg", "run_0/10.jpg", "run_1/0.jpg"]
+        copied = done / "latents" / name / "run_1" / "traj_data.pkl"
+        original = done / "data" / name.removesuffix("_drive") / "run_1" / "traj_data.pkl"
+        assert copied.read_bytes() == original.read_bytes()
+        poses = pickle.loads(original.read_bytes())
+        rows = [dataset.open_shard(int(dataset.shard[i])).columns for i in range(11, 22)]
+        yaw = [columns["yaw"][dataset.row[i]] for columns, i in zip(rows, range(11, 22), strict=True)]
+        assert np.array_equal(yaw, poses["yaw"])
+
+
+def test_imagenet(done):
+    dataset = Dataset.open(done / "imagenet" / "train_cached")
+    assert len(dataset) == 6 and dataset.classes == ["n01440764", "n01443537"]
+    assert dataset.buckets[0].shape == (2, 8, 4, 4)  # with its mirror images; one halving
+    assert (done / "roundtrip.png").exists()
+
+
+def test_manifest(done):
+    dataset = Dataset.open(done / "latents" / "train")
+    assert [dataset.key(i) for i in range(len(dataset))] == ["0.tif", "1.tif", "2.tif"]
+    columns = dataset.open_shard(0).columns
+    assert np.allclose(columns["condition"], [[0, 3, 4, 0, 5], [0.5, 3, 4, 0, 5], [1, 3, 4, 0, 5]])
+    assert columns["condition_present"].all()
