@@ -61,7 +61,8 @@ CASES = (
 
 
 @contextmanager
-def prepare(case: Case) -> Iterator[harness.Prepared]:
+def prepare(case: Case) -> Iterator[tuple[harness.Prepared, Path]]:
+    """The providers, and the folder of the dataset that "fastlatent" writes."""
     count, pinned = int(case.sizes["images"]), case.sizes["placement"] == "pinned"
     with tempfile.TemporaryDirectory() as folder, _placed(pinned) as on_decode_core:
         root = Path(folder)
@@ -99,20 +100,25 @@ def prepare(case: Case) -> Iterator[harness.Prepared]:
             "vae": vae,
             "dataloader": by_hand(setup, root),
         }
-        yield harness.Prepared(
+        prepared = harness.Prepared(
             {name: (lambda function=function: function) for name, function in functions.items()},
             bytes=size // count,
             floor="vae" if case.device == "cuda" else None,
             rivals=("dataloader",),
             units=count,
         )
+        yield prepared, root / "out"
 
 
 def measure(case: Case, seconds: float) -> list[Row]:
     """The rows of a case, with the floor that is made of two of its providers."""
-    with prepare(case) as prepared:
+    with prepare(case) as (prepared, out):
         outcomes = harness.interleave(prepared.providers, device="cpu", min_seconds=seconds)
-    found = harness.rows_of(case, prepared, outcomes)
+        written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) // prepared.units
+    found = [
+        replace(row, bytes=written) if row.provider == "fastlatent" else row
+        for row in harness.rows_of(case, prepared, outcomes)
+    ]
     alone = {row.provider: row.p50 for row in found}
     if case.device == "cpu" and alone["decode"] and alone["vae"]:
         both = (alone["decode"], alone["vae"])

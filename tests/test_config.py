@@ -45,9 +45,9 @@ def other_value(field, hint):
 
 def test_flag_beats_file_beats_default():
     from_file = config.build(config.EncodeConfig, ENCODE | {"size": 64, "dtype": "float32"}, {})
-    assert (from_file.size, from_file.dtype, from_file.batch_size) == (64, "float32", 16)
+    assert (from_file.size, from_file.dtype, from_file.batch_size) == (64, "float32", 0)
     both = config.build(config.EncodeConfig, ENCODE | {"size": 64, "dtype": "float32"}, {"size": 128})
-    assert (both.size, both.dtype, both.batch_size) == (128, "float32", 16)
+    assert (both.size, both.dtype, both.batch_size) == (128, "float32", 0)
 
 
 def test_flags_complete_the_file():
@@ -63,7 +63,7 @@ def test_file_keys_with_either_dash(name):
     ("values", "message"),
     [
         ({"batchsize": 3}, "config file: unknown key 'batchsize'; did you mean 'batch_size'?"),
-        ({"zzzz": 3}, "config file: unknown key 'zzzz'; known: batch_size, compute_dtype"),
+        ({"zzzz": 3}, "config file: unknown key 'zzzz'; known: all, allow_mixed, batch_size, captions, "),
         ({7: 3}, "config file: unknown key 7"),
         ({"size": "big"}, "config file: size: expected int, got 'big'"),
         ({"size": 1.5}, "config file: size: expected int, got 1.5"),

@@ -23,7 +23,7 @@ from fastlatent.workflows.encode_work import Work, check_errors
 from fastlatent.workflows.runtime import keep_config, refuse_output_in_source
 
 STORE_FOLDERS = ("shards", "manifest", "index", "statistics", "quarantine", "generation", "plan", "journal", "lease")
-LISTED = 20  # files that are named at the end; the dataset's quarantine names all
+LISTED = 100  # files that are named at the end; the dataset's quarantine names all
 
 
 @dataclass(frozen=True)

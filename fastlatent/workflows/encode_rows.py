@@ -52,7 +52,8 @@ def read_pictures(setup: EncodeSetup, unit: Unit, items: Sequence[PlannedItem]) 
     shape = setup.pixel_shape(unit.bucket)
     bucket = setup.transform.shapes.index(shape)
     pictures = []
-    images: list[Any] = setup.decoder.decode(files)
+    with setup.decoding:
+        images: list[Any] = setup.decoder.decode(files)
     for planned, image in zip(items, images, strict=True):
         try:
             if isinstance(image, ImageError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,8 @@ from PIL import __version__ as pillow_version
 from fastlatent import __version__
 from fastlatent.config import EncodeConfig
 from fastlatent.encoders.engines.choose import choose_engine
-from fastlatent.encoders.engines.engine import Engine, open_engine
+from fastlatent.encoders.engines.compiled import machine
+from fastlatent.encoders.engines.engine import Engine, engine_settings, open_engine
 from fastlatent.encoders.engines.numerics import fix_numerics
 from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.protocol import Autoencoder
@@ -24,6 +27,7 @@ from fastlatent.media.decoders import Decoder, choose_decoder, open_decoder
 from fastlatent.media.images import ImageError, image_size
 from fastlatent.media.transforms import Transform, open_transform
 from fastlatent.sources.columnar import ItemTable
+from fastlatent.sources.conditions import parse_conditions
 from fastlatent.sources.items import Item, Source, content_digest
 from fastlatent.sources.open import open_source
 from fastlatent.store.reader import PROVENANCE, read_provenance
@@ -44,6 +48,7 @@ class EncodeSetup:
     Attributes:
         config: with engine, batch_size and threads as they are used.
         reasons: of what `auto` chose, one line each.
+        decoding: held while `decoder` is called: DALI and nvImageCodec take one call at a time.
     """
 
     config: EncodeConfig
@@ -55,6 +60,7 @@ class EncodeSetup:
     device: torch.device
     schema: Schema
     reasons: tuple[str, ...]
+    decoding: AbstractContextManager[object]
 
     def item(self, key: str) -> Item | None:
         """The source's item of this key."""
@@ -73,7 +79,14 @@ class EncodeSetup:
         """Opened when the first unit needs it: compiling may take minutes."""
         config = self.config
         shapes = tuple((config.batch_size, self.vae.pixel_channels, *shape) for shape in self.transform.shapes)
-        return open_engine(config.engine, self.vae, shapes=shapes, cache=engine_cache())
+        return open_engine(config.engine, self.vae, shapes=shapes, cache=engine_cache(), fuse=self._fuse)
+
+    @property
+    def _fuse(self) -> bool:
+        return self.config.engine == "eager" and self.device.type == "cpu"  # on CUDA not measured yet
+
+    def _engine_settings(self) -> dict[str, Any]:
+        return engine_settings(self.config.engine, self.device, fuse=self._fuse)
 
     def entries(self) -> list[Entry]:
         """The source's items as the store lists them."""
@@ -114,12 +127,13 @@ class EncodeSetup:
         """What changes the bytes of a dataset (hashed), and what helps to understand it (informational)."""
         config = self.config
         engine = {
-            **self.engine.settings(),
+            **(self.engine.settings() if config.engine == "tensorrt" else self._engine_settings()),
             "device": self.device.type,
             "dtype": config.compute_dtype,
             "batch_size": config.batch_size,
         }
         columns = [column.name for column in self.source.columns]
+        conditions = ",".join(f"{name}:{count}" for name, count in parse_conditions(config.condition_spec))
         return {
             "hashed": {
                 "vae": self.vae.identity(),
@@ -133,6 +147,7 @@ class EncodeSetup:
                 "engine": engine if self.device.type == "cuda" else {**engine, "threads": config.threads},
                 **({"input_range": list(self.input_range)} if self.input_range else {}),
                 **({"columns": columns} if columns else {}),
+                **({"conditions": conditions} if conditions else {}),
                 **({"text": self.text.identity()} if self.text else {}),
             },
             "informational": {
@@ -140,7 +155,7 @@ class EncodeSetup:
                 "source": config.source if "://" in config.source else str(Path(config.source).resolve()),
                 "fastlatent": __version__,
                 "environment": {
-                    "torch": torch.__version__,
+                    **{name: value for name, value in machine(self.device).items() if name != "threads"},
                     "pillow": pillow_version,
                     "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name(),
                 },
@@ -177,9 +192,6 @@ def set_up_encode(config: EncodeConfig) -> EncodeSetup:
     if config.payload == "moments" and not vae.has_posterior:
         raise ValueError(f"--payload moments: {config.vae} gives latents without a posterior; say --payload latents")
     transform = open_transform(config.transform, config.size, seed=config.seed, multiple=vae.size_multiple)
-    for height, width in transform.shapes:
-        if height % vae.size_multiple or width % vae.size_multiple:
-            raise ValueError(f"--size {config.size}: this autoencoder needs a multiple of {vae.size_multiple}")
     if len(transform.shapes) > 1 and source.items[0].group:
         raise ValueError("--transform buckets: expected images without groups; frames of a trajectory have one shape")
     reasons = []
@@ -210,6 +222,7 @@ def set_up_encode(config: EncodeConfig) -> EncodeSetup:
     return EncodeSetup(
         settled, source, transform, decoder, vae, text, device,
         Schema(buckets, config.payload, extras), tuple(reasons),
+        nullcontext() if decoder.name == "pillow" else threading.Lock(),
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from fastlatent.workflows.encode_setup import set_up_encode
 from fastlatent.workflows.runtime import DTYPES
 
 # How the source was read; what decides bytes beyond that is in the provenance.
-SOURCE_SETTINGS = ("kind", "split", "trajectories", "manifest_root", "condition_spec", "captions", "decoder")
+SOURCE_SETTINGS = ("kind", "split", "trajectories", "manifest_root", "captions", "decoder")
 
 
 def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
@@ -110,6 +110,7 @@ def _settings(dataset: Dataset, vae: str, source: str, device: str) -> EncodeCon
         "size": member(transform, "size", int, what),
         "seed": transform.get("seed", 0),
         "mirror": bool(hashed.get("mirror")),
+        "condition_spec": hashed.get("conditions", "none"),
         "payload": hashed.get("payload", "moments"),
         "input_range": ",".join(map(str, limits)) if limits else None,
         "dtype": member(hashed, "storage_dtype", str, what),

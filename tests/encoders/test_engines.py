@@ -135,7 +135,7 @@ def test_fused_norms(tmp_path):
     plain = open_engine("eager", vae, shapes=(SHAPE,), cache=tmp_path)
     engine = open_engine("eager", vae, shapes=(SHAPE,), cache=tmp_path, fuse=True)
     # Two residual blocks on the way down, two in the middle, the attention's norm and the last one.
-    assert engine.settings() == {**plain.settings(), "fused_norms": 2 * 4 + 2}
+    assert engine.settings() == {**plain.settings(), "fused_norms": True}
     check(vae, engine, 1e-5)
     assert not torch.equal(engine.encode(pixels_of()), plain.encode(pixels_of()))  # it ran
     assert all(type(norm) is nn.GroupNorm for name, norm in vae.module.named_modules() if name.endswith("norm1"))
@@ -308,8 +308,8 @@ def test_compile(tmp_path, one_thread):
     # No kind of input compiled once more, and the whole encoder is one graph.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     settings = engine.settings()
-    assert settings["torch"] == torch.__version__ and settings["options"]["deterministic"]
-    assert "threads" not in settings
+    assert settings["options"]["deterministic"]
+    assert not {"threads", "torch", "gpu"} & set(settings)  # the environment's, which --allow-mixed may change
 
 
 def test_aoti(tmp_path, one_thread, monkeypatch):

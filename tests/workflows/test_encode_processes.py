@@ -12,8 +12,6 @@ from PIL import Image
 
 from fastlatent.store.reader import Dataset
 
-SOAK = bool(os.environ.get("FASTLATENT_SOAK"))
-KILLS = 50 if SOAK else 3
 ENCODE = ["encode", "--size", "8", "--batch-size", "2", "--unit-rows", "4", "--threads", "1", "--readers", "2"]
 
 
@@ -58,12 +56,13 @@ def undisturbed(chain, folder, tmp_path_factory) -> dict[str, bytes]:
     return settled(chain, out)
 
 
-def test_killed_at_random_it_ends_with_the_same_bytes(chain, folder, undisturbed, tmp_path):
-    out, draw = tmp_path / "latents", random.Random(1 if not SOAK else None)
+@pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.soak)])
+def test_killed_at_random_it_ends_with_the_same_bytes(chain, folder, undisturbed, tmp_path, count):
+    out, draw = tmp_path / "latents", random.Random(count)
     argv = arguments(chain, folder, out)
     (alone,) = forked(tmp_path, {"argv": arguments(chain, folder, tmp_path / "timed")})
     assert alone == [0]
-    kills = [{"argv": argv, "kill_after": [draw.uniform(0.05, 0.8)]} for _ in range(KILLS)]
+    kills = [{"argv": argv, "kill_after": [draw.uniform(0.05, 0.8)]} for _ in range(count)]
     *killed, last = forked(tmp_path, *kills, {"argv": argv})
     assert last == [0]
     assert any(codes == [-9] for codes in killed)  # else the machine is so fast that nothing was tested

@@ -1,76 +1,244 @@
 """Over every setting of encode: what changes bytes is refused by name, what does not is taken without a word."""
 
 import dataclasses
+import json
+import pickle
+import re
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from chain_helpers import other_vae
+from chain_helpers import changed_weights, other_vae
 
 from fastlatent.config import EncodeConfig
+from fastlatent.encoders.engines import engine as engines
 from fastlatent.store.reader import Dataset
 
-# Setting -> another value, and what the refusal calls it.
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CLIP_TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A dataset as it was made: out of `source`, with `flags` besides those that all share."""
+
+    source: Path
+    flags: tuple[object, ...]
+    latents: Path
+
+
+def write_clip(folder, seed=0):
+    """A CLIP text encoder of one layer, whose tokenizer knows single letters."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder.mkdir()
+    tokens = [letter + end for end in ("", "</w>") for letter in "abcdefgh"] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_TOKENS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=CLIP_TOKENS, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1,
+        pad_token_id=len(tokens) - 1,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(folder)
+    return folder
+
+
+def write_captioned(chain, folder):
+    shutil.copytree(chain.images, folder)
+    (folder / "ant" / "0.txt").write_text("a bad cab")
+    return folder
+
+
+def write_trajectories(chain, folder):
+    for name in ("left", "right"):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            chain.image(i).save(folder / name / f"{i}.jpg")
+        poses = {"position": np.zeros((3, 2)), "yaw": np.zeros(3)}
+        (folder / name / "traj_data.pkl").write_bytes(pickle.dumps(poses, protocol=4))
+    return folder
+
+
+def write_manifest(chain, file):
+    values = {"wind": 1.5, "rain": 0.0, "says": "a"}
+    samples = [
+        {"record_type": "sample", "output_rel": f"{name}/{i}.png", "metadata": {**values, "split": split}}
+        for name, split in (("ant", "train"), ("bee", "val"))
+        for i in range(4)
+    ]
+    lines = [{"record_type": "set", "output_root": str(chain.images)}, *samples]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def bases(chain, tmp_path_factory):
+    """Name -> Base, made when first asked for."""
+    root, made = tmp_path_factory.mktemp("bases"), {}
+
+    def base(name) -> Base:
+        if name not in made:
+            flags: tuple[object, ...] = ()
+            source = chain.images
+            if name == "images":
+                made[name] = Base(source, flags, chain.latents)
+                return made[name]
+            if name == "random":
+                flags = ("--transform", "random")
+            elif name in ("captions", "text"):
+                source = write_captioned(chain, root / name)
+                if name == "text":
+                    flags = ("--captions", "txt", "--text-encoder", write_clip(root / "clip"))
+            elif name == "trajectories":
+                source = write_trajectories(chain, root / name)
+            elif name == "manifest":
+                source = write_manifest(chain, root / "manifest.jsonl")
+                flags = ("--condition-spec", "wind:1")
+            out = root / f"{name} latents"
+            chain.ok(f"encode {chain.encode} --vae", chain.vae, "--out", out, *flags, source)
+            made[name] = Base(source, flags, out)
+        return made[name]
+
+    return base
+
+
+def one_bit_flipped(chain, to):
+    """The chain's autoencoder with another lowest bit in one of its weights."""
+
+    def flip(state):
+        name = "encoder.conv_in.weight"
+        bits = state[name].contiguous().view(torch.int32).clone()
+        bits.view(-1)[-1] ^= 1
+        return state | {name: bits.view(torch.float32)}
+
+    return changed_weights(chain, to, flip, "vae", WEIGHTS)
+
+
+def nvimagecodec(chain, tmp):
+    pytest.importorskip("nvidia.nvimgcodec")
+    return "nvimagecodec"
+
+
+def one_name(chain, tmp):
+    (tmp / "names.txt").write_text("left\n")
+    return tmp / "names.txt"
+
+
+# Setting -> what it is tried on, another value (None: a switch), and what the refusal calls everything that differs.
 CHANGES = {
-    "vae": (lambda chain, tmp: other_vae(chain, tmp / "vae"), "vae.weights"),
-    "size": ("16", "transform.size"),
-    "mirror": (None, "mirror"),
-    "payload": ("latents", "payload"),
-    "dtype": ("float32", "storage_dtype"),
-    "compute_dtype": ("bfloat16", "engine.dtype"),
-    "batch_size": ("3", "engine.batch_size"),
-    "threads": ("2", "engine.threads"),
+    "vae": ("images", lambda chain, tmp: other_vae(chain, tmp / "vae"), "vae.weights"),
+    "vae: one bit": ("images", lambda chain, tmp: one_bit_flipped(chain, tmp / "vae"), "vae.weights"),
+    "condition_spec": ("manifest", "rain:1", "conditions"),
+    "captions": ("captions", "txt", "columns"),
+    "text_encoder": ("text", lambda chain, tmp: write_clip(tmp / "clip", seed=1), "text.weights"),
+    "text_length": ("text", "7", "text.max_length"),
+    "size": ("images", "16", "transform.size"),
+    "transform": ("images", "center", "transform.rule"),
+    "seed": ("random", "1", "transform.seed"),
+    "mirror": ("images", None, "mirror"),
+    "input_range": ("images", "0,2", "input_range"),
+    "decoder": ("images", nvimagecodec, "decode"),
+    "payload": ("images", "latents", "payload"),
+    "dtype": ("images", "float32", "storage_dtype"),
+    "compute_dtype": ("images", "bfloat16", "engine.dtype"),
+    "engine": ("images", "compile", "engine"),
+    "batch_size": ("images", "3", "engine.batch_size"),
+    "threads": ("images", "2", "engine.threads"),
 }
+# Setting -> what it is tried on, and another value.
 KEEPS = {
-    "source": lambda chain, tmp: shutil.copytree(chain.images, tmp / "moved"),
-    "vae": lambda chain, tmp: shutil.copytree(chain.vae, tmp / "copied"),  # the same weights elsewhere
-    "out": None,  # below: the dataset itself is a copy
-    "unit_rows": "5",
-    "device": "cpu",
+    "source": ("images", lambda chain, tmp: shutil.copytree(chain.images, tmp / "moved")),
+    "vae": ("images", lambda chain, tmp: shutil.copytree(chain.vae, tmp / "copied")),  # the same weights elsewhere
+    "out": ("images", None),  # below: the dataset itself is a copy
+    "kind": ("images", "images"),
+    "split": ("manifest", "train"),
+    "trajectories": ("trajectories", one_name),
+    "manifest_root": ("manifest", lambda chain, tmp: shutil.copytree(chain.images, tmp / "moved")),
+    "copy_pkl": ("trajectories", None),
+    "text_length": ("text", str(CLIP_TOKENS)),  # what 0 stood for
+    "seed": ("images", "1"),  # nothing is drawn
+    "decoder": ("images", "pillow"),  # what auto stood for
+    "engine": ("images", "eager"),
+    "batch_size": ("images", "0"),  # what the dataset was begun with
+    "threads": ("images", "0"),
+    "unit_rows": ("images", "5"),
+    "readers": ("images", "1"),
+    "device": ("images", "cpu"),
+    "max_errors": ("images", "0"),
+    "allow_mixed": ("images", None),
+    "cluster": ("images", "ray"),  # nothing is left for one
 }
 
 
 def test_every_setting_is_one_or_the_other():
-    assert set(CHANGES) | set(KEEPS) == {field.name for field in dataclasses.fields(EncodeConfig)}
-    assert set(CHANGES) & set(KEEPS) == {"vae"}  # its weights count, its place does not
+    # `all` has a test of its own.
+    names = {name.split(":")[0] for name in CHANGES} | set(KEEPS) | {"all"}
+    assert names == {field.name for field in dataclasses.fields(EncodeConfig)}
 
 
-def again(chain, tmp_path, out, name, value):
-    arguments = {"source": chain.images, "vae": chain.vae}
-    more = ""
+def again(chain, tmp_path, base, out, name, value):
+    """The command that made `base`, with one setting changed, on the copy `out`."""
+    source, vae, more = base.source, chain.vae, []
     if callable(value):
         value = value(chain, tmp_path)
-    if name in arguments:
-        arguments[name] = value
-    elif name != "out":
-        more = f"--{name.replace('_', '-')} {value or ''}"
-    return chain.command(
-        f"encode {chain.encode} {more} --out", out, "--vae", arguments["vae"], arguments["source"]
-    )  # fmt: skip
+    setting = name.split(":")[0]
+    if setting == "source":
+        source = value
+    elif setting == "vae":
+        vae = value
+    elif setting != "out":
+        more = [f"--{setting.replace('_', '-')}", *([] if value is None else [value])]
+    return chain.command(f"encode {chain.encode} --vae", vae, "--out", out, *base.flags, *more, source)
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("shards/*/*")}
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_changes_bytes_is_refused(chain, tmp_path, name):
-    out = chain.copy("latents", tmp_path / "latents")
+def test_what_changes_bytes_is_refused(chain, bases, tmp_path, monkeypatch, name):
+    def compiled(*arguments):
+        raise AssertionError("a minute of compiling, to be refused after it")
+
+    monkeypatch.setattr(engines, "compile_module", compiled)
+    where, value, called = CHANGES[name]
+    base = bases(where)
+    out = Path(shutil.copytree(base.latents, tmp_path / "latents"))
     before = chain.contents(out)
-    value, called = CHANGES[name]
-    done = again(chain, tmp_path, out, name, value)
-    assert done.code == 1 and f"\n  {called}: " in done.err and "encode into another folder" in done.err
+    done = again(chain, tmp_path, base, out, name, value)
+    assert done.code == 1 and "encode into another folder" in done.message
     # Nothing else is named, and nothing was touched.
-    assert done.err.count("(now)") == 1
+    named = re.findall(r"^  (\S+): .* != .* \(now\)$", done.err, re.M)
+    assert named and all(one == called or one.startswith(f"{called}.") for one in named), done.err
     assert chain.contents(out) == before
 
 
 @pytest.mark.parametrize("name", KEEPS)
-def test_what_changes_no_byte_is_taken(chain, tmp_path, name):
-    out = chain.copy("latents", tmp_path / "latents")
-    before = {path: data for path, data in chain.contents(out).items() if path.endswith(".safetensors")}
-    done = again(chain, tmp_path, out, name, KEEPS[name])
-    assert done.code == 0 and "0 files encoded now" in done.out
-    after = {path: data for path, data in chain.contents(out).items() if path.endswith(".safetensors")}
-    shards = {path for path in before if path.startswith("shards/")}
-    assert {path for path in after if path.startswith("shards/")} == shards
-    assert all(after[path] == before[path] for path in shards)
+def test_what_changes_no_byte_is_taken(chain, bases, tmp_path, name):
+    where, value = KEEPS[name]
+    base = bases(where)
+    out = Path(shutil.copytree(base.latents, tmp_path / "latents"))
+    before = shards(out)
+    done = again(chain, tmp_path, base, out, name, value)
+    assert done.code == 0 and "0 files encoded now" in done.out, done.err
+    assert before and shards(out) == before
+
+
+def test_all_goes_on_with_what_was_encoded_alone(chain, bases, tmp_path):
+    base = bases("trajectories")
+    shutil.copytree(base.source, tmp_path / "data" / "recon")
+    out = Path(shutil.copytree(base.latents, tmp_path / "latents" / "recon"))
+    before = shards(out)
+    done = chain.ok(
+        f"encode {chain.encode} --all --vae", chain.vae, "--out", tmp_path / "latents", tmp_path / "data"
+    )  # fmt: skip
+    assert "0 files encoded now" in done.out and shards(out) == before
 
 
 def test_another_number_of_rows_per_shard_gives_the_same_rows(chain, tmp_path):
@@ -82,3 +250,43 @@ def test_another_number_of_rows_per_shard_gives_the_same_rows(chain, tmp_path):
         places = zip(dataset.shard.tolist(), dataset.row.tolist(), strict=True)
         rows.append([dataset.open_shard(shard).columns["moments"][row].copy() for shard, row in places])
     assert all(torch.equal(*map(torch.from_numpy, pair)) for pair in zip(*rows, strict=True))
+
+
+# --- machines ---
+
+
+@pytest.fixture
+def elsewhere(chain, tmp_path):
+    """A dataset that another machine began, and one file more for it. The settings are ours: the fingerprint holds."""
+    out = chain.copy("latents", tmp_path / "latents")
+    provenance = json.loads((out / "provenance.json").read_text())
+    provenance["informational"]["environment"] |= {"device": "Another Processor", "torch": "2.12.1"}
+    (out / "provenance.json").write_text(json.dumps(provenance))
+    images = chain.copy("images", tmp_path / "images")
+    chain.image(5).save(images / "bee" / "new.png")
+    return out, images
+
+
+def test_another_machine_is_refused_by_name(chain, elsewhere):
+    out, images = elsewhere
+    before = chain.contents(out)
+    done = chain.command(f"encode {chain.encode} --vae", chain.vae, "--out", out, images)
+    assert "was begun on another machine or with other software" in done.message
+    assert "\n  device: Another Processor (dataset) != " in done.message
+    assert f"\n  torch: 2.12.1 (dataset) != {torch.__version__} (now)" in done.message
+    assert "--allow-mixed" in done.message
+    assert chain.contents(out) == before
+
+
+def test_allow_mixed_says_where_each_shard_was_made(chain, elsewhere):
+    out, images = elsewhere
+    before = shards(out)
+    done = chain.ok(f"encode {chain.encode} --allow-mixed --vae", chain.vae, "--out", out, images)
+    assert "1 files encoded now" in done.out
+    assert all(shards(out)[name] == data for name, data in before.items())
+    dataset = Dataset.open(out)
+    (new,) = (record for record in dataset.shards if Path(record.path).name not in before)
+    assert new.rows == 1 and new.environment is not None
+    assert new.environment["torch"] == torch.__version__ and new.environment["device"] != "Another Processor"
+    assert [record.environment for record in dataset.shards if record is not new] == [None] * (len(dataset.shards) - 1)
+    chain.ok("verify --full", out)

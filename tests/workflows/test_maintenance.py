@@ -86,15 +86,16 @@ def test_encoded_again_another_value_is_found(chain, tmp_path):
 
 
 def test_encoded_again_on_another_engine_is_compared_within_a_tolerance(chain, tmp_path, monkeypatch):
-    from fastlatent.workflows import reencode
+    from fastlatent.workflows.encode_setup import EncodeSetup
 
-    made = reencode.provenance
+    made = EncodeSetup.provenance
 
-    def elsewhere(*args):
-        provenance = made(*args)
-        return provenance | {"informational": provenance["informational"] | {"torch": "another"}}
+    def elsewhere(setup):
+        provenance = made(setup)
+        provenance["informational"]["environment"]["torch"] = "another"
+        return provenance
 
-    monkeypatch.setattr(reencode, "provenance", elsewhere)
+    monkeypatch.setattr(EncodeSetup, "provenance", elsewhere)
     done = chain.ok("verify --reencode 2", chain.latents)
     assert "compared within 0.02 (not the engine that wrote it): sound" in done.out
 
@@ -105,6 +106,9 @@ def test_what_cannot_be_encoded_again(chain, tmp_path):
     done = chain.command("verify --reencode 1 --vae", other, chain.latents)
     assert "these latents cannot be made again with this:\n  vae." in done.message
     (tmp_path / "empty").mkdir()
+    done = chain.command("verify --reencode 1 --source", tmp_path / "empty", chain.latents)
+    assert "holds no image" in done.message
+    chain.image(99).save(tmp_path / "empty" / "0.png")
     done = chain.command("verify --reencode 1 --source", tmp_path / "empty", chain.latents)
     assert "expected files as they were encoded, got 0 of 1 unchanged" in done.message
     done = chain.command("verify --reencode 1 --source", tmp_path / "none", chain.latents)
