@@ -23,9 +23,10 @@ ALLOWED = {
     "kernels": set(),
     "_native": set(),
     "ops": BELOW_OPS,
-    "sources": BELOW_STORE,
+    # Torch-free, as sources and store are, excludes ops: everything under it imports torch.
+    "sources": {"_native"},
     "media": BELOW_STORE,
-    "store": {"_native"},  # torch-free: everything under ops imports torch
+    "store": {"_native"},
     "pipeline": BELOW_PIPELINE,
     "diffusion": BELOW_DIFFUSION,
     "heads": BELOW_HEADS,
@@ -79,16 +80,40 @@ def test_kernels_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+# Packages that only one kind of source or file, or one setting, needs are imported when that comes.
+OPTIONAL = ("pyarrow", "fsspec", "imagecodecs", "OpenEXR", "ray", "transformers", "nvidia", "onnx", "tensorrt")
+# Imported themselves when their decoder is chosen.
+WHOLE = {"dali_decoder.py", "nvimagecodec_decoder.py"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name not in WHOLE], ids=lambda path: path.stem)
+def test_optional_packages_are_imported_inside_functions(path):
+    for node in ast.parse(path.read_text()).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & set(OPTIONAL)
+
+
+def modules_of(room: str) -> list[str]:
+    paths = sorted((ROOT / "fastlatent" / room).rglob("*.py"))
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+
+
 @pytest.mark.parametrize(
-    "module",
+    ("modules", "absent"),
     [
-        "fastlatent",
-        "fastlatent.cli",
-        "fastlatent.config",
-        "fastlatent.store.reader",
-        "fastlatent.store.writer",
+        (["fastlatent"], ("torch", "diffusers", "numpy")),
+        (["fastlatent.cli", "fastlatent.config"], ("torch", "diffusers", "numpy")),
+        (modules_of("store"), ("torch", "diffusers", *OPTIONAL)),
+        (modules_of("sources"), ("torch", "diffusers", *OPTIONAL)),
+        (modules_of("pipeline"), ("torch", "diffusers", *OPTIONAL)),
+        (["fastlatent.media.images", "fastlatent.media.high_depth"], ("torch", "diffusers", *OPTIONAL)),
+        (["fastlatent.media.decoders", "fastlatent.media.transforms"], ("diffusers", *OPTIONAL)),
     ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_imports_no_torch(module):
-    code = f"import sys, {module}; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_imports_stay_light(modules, absent):
+    assert modules
+    code = f"import sys, {', '.join(modules)}; print([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import importlib
 import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 import sys
@@ -12,6 +13,22 @@ from dataclasses import dataclass
 
 from fastlatent import __version__, _native
 from fastlatent.config import DoctorConfig
+
+NAME_WIDTH = 22
+# Packages that one setting or one kind of file needs: module, distribution, what for, how to install it.
+OPTIONAL = (
+    ("nvidia.dali", "nvidia-dali-cuda130", "decodes JPEGs on the GPU", "'fastlatent[dali]'"),
+    ("nvidia.nvimgcodec", "nvidia-nvimgcodec-cu13", "decodes JPEGs on the GPU", "'fastlatent[nvimgcodec]'"),
+    ("imagecodecs", "imagecodecs", "PNG and TIFF of more than 8 bits", "'fastlatent[media]'"),
+    ("OpenEXR", "OpenEXR", "EXR files", "'fastlatent[media]'"),
+    ("pyarrow", "pyarrow", "parquet files and Hugging Face datasets", "'fastlatent[tables]'"),
+    ("fsspec", "fsspec", "sources behind URLs", "'fastlatent[remote]'"),
+    ("transformers", "transformers", "encode --text-encoder", "'fastlatent[text]'"),
+    ("onnx", "onnx", "encode --engine tensorrt", "'fastlatent[onnx]'"),
+    ("onnxscript", "onnxscript", "encode --engine tensorrt", "'fastlatent[onnx]'"),
+    ("tensorrt", "tensorrt", "encode --engine tensorrt", "tensorrt-cu13"),
+    ("ray", "ray", "encode --cluster ray", "'fastlatent[ray]'"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,31 +50,50 @@ def doctor(config: DoctorConfig) -> int:
         *([cuda] if cuda else []),
         _package("triton", remedy="pip install triton (comes with CUDA builds of torch)"),
         _package("flash_attn", "flash-attn", remedy="pip install --no-build-isolation flash-attn (needs nvcc)"),
-        _package("nvidia.dali", "nvidia-dali-cuda130", remedy="pip install 'fastlatent[gpu]'"),
-        _package("tensorrt", remedy="pip install tensorrt-cu13"),
-        _package("nvidia.nvimgcodec", "nvidia-nvimgcodec-cu13", remedy="pip install 'nvidia-nvimgcodec-cu13[all]'"),
+        *(_optional(*row) for row in OPTIONAL),
         _libstdcxx(),
     ]
     print(f"fastlatent {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for title, findings in (("needed", needed), ("optional", optional)):
         print(f"\n{title}:")
         for finding in findings:
-            print(f"  {finding.name:<18} {finding.state}")
+            print(f"  {finding.name:<{NAME_WIDTH}} {finding.state}")
             if finding.remedy:
-                print(f"  {'':<18}   remedy: {finding.remedy}")
+                print(f"  {'':<{NAME_WIDTH}}   remedy: {finding.remedy}")
+    if any(finding.remedy for finding in needed):
+        return 1
     device = "cuda" if cuda and not cuda.remedy else "cpu"
     kernels = "Triton kernels" if device == "cuda" else "compiled CPU kernels for few rows, torch for many"
     print("\npaths taken on this machine:")
-    print(f"  encode   Pillow decode and crop on the CPU, autoencoder in eager torch on {device}")
+    print("  encode   " + "\n           ".join(_encode_paths(device)))
     print(f"  train    rows gathered by the compiled CPU kernel, eager torch on {device}, SDPA attention")
     print(f"  sample   head: {kernels}" + ("; a CUDA graph per token" if device == "cuda" else ""))
-    if not any(finding.remedy for finding in needed):
-        from fastlatent.sampling.attention import choose_attention
-
-        half = importlib.import_module("torch").bfloat16
-        print(f"           {choose_attention(device, half, 64, half).describe()}")
+    print(f"           {_attention(device)}")
     print(f"  decode   autoencoder in eager torch on {device}")
-    return 1 if any(finding.remedy for finding in needed) else 0
+    return 0
+
+
+def _encode_paths(device: str) -> list[str]:
+    """What --decoder auto, --engine auto and --batch-size 0 mean here, for RGB images of 256×256."""
+    import torch
+
+    from fastlatent.encoders.engines.choose import COMPILE_FROM, choose_engine
+    from fastlatent.media.decoders import choose_decoder
+
+    decoder, why = choose_decoder(device, 3)
+    shapes = ((256, 256),)
+    engine, batch, _ = choose_engine(torch.device(device), COMPILE_FROM, shapes)
+    many, _, _ = choose_engine(torch.device(device), COMPILE_FROM + 1, shapes)
+    change = "" if many == engine else f", above {COMPILE_FROM:,} images {many}"
+    return [f"decoder {decoder}: {why}", f"engine {engine}{change}, on {device}, {batch} images of 256×256 at a time"]
+
+
+def _attention(device: str) -> str:
+    import torch
+
+    from fastlatent.sampling.attention import choose_attention
+
+    return choose_attention(device, torch.bfloat16, 64, torch.bfloat16).describe()
 
 
 def _library() -> Finding:
@@ -98,6 +134,20 @@ def _package(module: str, distribution: str = "", remedy: str = "") -> Finding:
         return Finding(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, "present")
+
+
+def _optional(module: str, distribution: str, purpose: str, install: str) -> Finding:
+    """A package that is looked up and not imported: some take seconds. What is broken says so where it is used."""
+    try:
+        present = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        present = False
+    if not present:
+        return Finding(distribution, f"not installed ({purpose})", f"pip install {install}")
+    try:
+        return Finding(distribution, f"{importlib.metadata.version(distribution)} ({purpose})")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(distribution, f"present ({purpose})")
 
 
 def _cuda() -> Finding:

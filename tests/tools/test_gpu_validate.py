@@ -111,6 +111,22 @@ def test_order_is_tests_calibration_missing_oldest(tool, tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["log.txt", "made-up.jsonl", "summary.json"]
 
 
+def test_first_rows_come_in_their_order_and_last_rows_last(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "FIRST_ROWS", ("b/n=2", "c/", "a/n=1/"))
+    monkeypatch.setattr(tool, "LAST_ROWS", "a/")
+    monkeypatch.setattr(tool, "PROGRAMS", {"benchmarks/bench_c.py": (1, 2)})  # one case a run
+    program(tmp_path / "benchmarks/bench_a.py", "a", [1, 2, 3])
+    program(tmp_path / "benchmarks/bench_b.py", "b", [1, 2, 3])
+    program(tmp_path / "benchmarks/bench_c.py", "c", [1, 2])
+    (tmp_path / "benchmarks/bench_broken.py").write_text("import no_such_package\n")
+    tasks = tool.row_tasks({}, True, dict(os.environ))
+    assert [(Path(task.name).stem, [case.sizes["n"] for case in task.cases]) for task in tasks] == [
+        ("calibrate", [1]), ("bench_b", [2]), ("bench_c", [1]), ("bench_c", [2]), ("bench_a", [1]),
+        ("bench_b", [1, 3]), ("bench_broken", []), ("bench_a", [2, 3]),
+    ]  # fmt: skip
+    assert tasks[6].left_out == "--list failed: ModuleNotFoundError: No module named 'no_such_package'"
+
+
 def test_resumes_from_both_places_and_tests_again_when_sources_change(tool, tmp_path, capsys):
     (tmp_path / "tests/ops/test_a.py").write_text(CUDA_TEST.format(body="pass"))
     program(tmp_path / "benchmarks/bench_a.py", "a", [1, 2])
@@ -243,5 +259,5 @@ def test_the_real_queue_prints():
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OUT": "build/gpu_validate"})
     assert result.returncode == 0, result.stderr
     for path in (ROOT / "benchmarks").glob("bench_*.py"):
-        assert (path.name in result.stdout) == (path.name != "bench_loading.py")
+        assert (path.name in result.stdout) == (path.name not in ("bench_loading.py", "bench_listing.py"))
     assert "--list failed" not in result.stdout, result.stdout

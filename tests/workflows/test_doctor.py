@@ -1,5 +1,6 @@
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,10 @@ def test_reports_what_is_here(chain):
     assert "libfastlatent_cpu.so: advise_random, " in out
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert f"decode   autoencoder in eager torch on {device}" in out
+    if device == "cpu":
+        assert "\n  encode   decoder pillow: no GPU is used\n           engine eager, on cpu, 16 images of" in out
+    else:
+        assert "engine eager, above 2,000 images compile, on cuda, 64 images of" in out
     for command in ("encode", "train", "sample", "decode"):
         assert f"\n  {command} " in out
 
@@ -26,8 +31,6 @@ def test_every_function_of_the_library_is_named(chain):
     library = next(line for line in chain.ok("doctor").out.splitlines() if "libfastlatent_cpu.so" in line)
     header = next(path for root in map(os.fspath, sys.modules["fastlatent"].__path__)
                   if os.path.exists(path := os.path.join(root, "lib", "fastlatent.h")))  # fmt: skip
-    import re
-
     with open(header) as file:
         names = set(re.findall(r"fastlatent_(\w+)_cpu\(", file.read()))
     assert {name.strip() for name in library.split(":", 1)[1].split(",")} == names
@@ -37,7 +40,7 @@ def test_a_missing_library_is_an_error_with_a_remedy(chain, monkeypatch):
     monkeypatch.setattr(_native, "load", lambda backend: None)
     done = chain.command("doctor")
     assert done.code == 1
-    assert "compiled library   missing" in done.out
+    assert re.search(r"compiled library +missing", done.out)
     assert "remedy: build it: pip install ." in done.out
 
 
@@ -78,6 +81,56 @@ def test_packages_absent_broken_and_whole(monkeypatch, tmp_path, body, state, re
         sys.modules.pop("broken_package", None)
     assert found.state.startswith(state)
     assert found.remedy.startswith(remedy)
+
+
+def lines_of(out, name):
+    """A package's line and the one after it."""
+    lines = out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(f"  {name} "))
+    return lines[at], lines[at + 1].strip()
+
+
+@pytest.mark.parametrize(("module_name", "name", "purpose", "install"), module.OPTIONAL)
+def test_what_one_setting_needs_is_told_with_what_it_is_for(monkeypatch, module_name, name, purpose, install):
+    monkeypatch.setitem(sys.modules, module_name, None)  # as if it were not there
+    gone = module._optional(module_name, name, purpose, install)
+    assert gone == module.Finding(name, f"not installed ({purpose})", f"pip install {install}")
+    if extra := re.fullmatch(r"'fastlatent\[(\w+)\]'", install):
+        requirements = importlib.metadata.requires("fastlatent")
+        assert any(one.startswith(name) and f"extra == '{extra[1]}'" in one.replace('"', "'") for one in requirements)
+
+
+def test_packages_are_looked_up_and_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "slow_package.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = module._optional("slow_package", "slow-package", "speed", "slow-package")
+    assert found == module.Finding("slow-package", "present (speed)")
+    assert module._optional("no_such.package", "a", "b", "c").remedy == "pip install c"
+
+
+def test_their_lines(chain):
+    out = chain.ok("doctor").out
+    for _, name, purpose, install in module.OPTIONAL:
+        line, after = lines_of(out, name)
+        try:
+            assert line.endswith(f" {importlib.metadata.version(name)} ({purpose})")
+        except importlib.metadata.PackageNotFoundError:
+            assert line.endswith(f" not installed ({purpose})") and after == f"remedy: pip install {install}"
+
+
+@pytest.mark.parametrize(("broken", "decoder"), [((), "dali"), (("dali",), "nvimagecodec"), (None, "pillow")])
+def test_the_decoder_on_a_gpu(monkeypatch, broken, decoder):
+    from fastlatent.media import decoders
+
+    def codec(name):
+        if broken is None or name in broken:
+            raise ValueError(f"{name} is missing")
+
+    monkeypatch.setattr(decoders, "_import_codec", codec)
+    decoding, engine = module._encode_paths("cuda")
+    assert decoding.startswith(f"decoder {decoder}: ")
+    assert ("dali is missing" in decoding) == (decoder != "dali")
+    assert engine == "engine eager, above 2,000 images compile, on cuda, 64 images of 256×256 at a time"
 
 
 def test_optional_packages_do_not_fail_it(chain, monkeypatch):
