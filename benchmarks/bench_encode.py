@@ -75,7 +75,7 @@ def prepare(case: Case) -> Iterator[tuple[harness.Prepared, Path]]:
         )  # fmt: skip
         setup = set_up_encode(config)
         unit = whole_unit(setup)
-        work = encode_work.Work(setup, None)  # type: ignore[arg-type]  # it decodes here, and writes nothing
+        chunk, threads = setup.reading
 
         def end_to_end() -> None:
             shutil.rmtree(root / "out", ignore_errors=True)
@@ -83,8 +83,8 @@ def prepare(case: Case) -> Iterator[tuple[harness.Prepared, Path]]:
                 encode(config)
 
         def decode() -> None:
-            parts = [unit.items[i : i + work.chunk] for i in range(0, count, work.chunk)]
-            with on_decode_core(), ThreadPoolExecutor(work.threads) as pool:
+            parts = [unit.items[i : i + chunk] for i in range(0, count, chunk)]
+            with on_decode_core(), ThreadPoolExecutor(threads) as pool:
                 assert all(pictures for pictures in pool.map(lambda part: read_pictures(setup, unit, part), parts))
 
         def vae() -> None:

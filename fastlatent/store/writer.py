@@ -308,6 +308,15 @@ class DatasetWriter:
                 )
             time.sleep(lease.POLL_SECONDS)  # a host that may be down: its lease expires
 
+    @property
+    def left_out(self) -> int:
+        """Files of the plan that are in quarantine: since earlier generations, or by units that are committed."""
+        settled = quarantined_files(self._current)
+        earlier = sum(one.pair in settled for one in self._scan or []) if settled else 0
+        with self._guard:
+            units = [one for one in self._committed.values() if one.unit in self._units]
+        return earlier + sum(len(one.quarantined) for one in units)
+
     def claim(self, on_others: Callable[[int], None] | None = None) -> Iterator[Unit]:
         """The plan's units that nobody has committed and nobody else works on, one by one; commit each.
 

@@ -17,12 +17,14 @@ from fastlatent.store.reader import Dataset
 from fastlatent.store.records import ROOT
 from fastlatent.store.unchanged import unchanged
 from fastlatent.workflows.encode_plan import open_writer, plan, preflight
-from fastlatent.workflows.encode_ray import run_units
+from fastlatent.workflows.encode_ray import require_ray, run_units
 from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
 from fastlatent.workflows.encode_work import Work, check_errors
 from fastlatent.workflows.runtime import keep_config, refuse_output_in_source
 
-STORE_FOLDERS = ("shards", "manifest", "index", "statistics", "quarantine", "generation", "plan", "journal", "lease")
+STORE_FOLDERS = (
+    "shards", "manifest", "index", "statistics", "quarantine", "generation", "plan", "journal", "lease", "damaged",
+)  # fmt: skip
 LISTED = 100  # files that are named at the end; the dataset's quarantine names all
 
 
@@ -66,6 +68,8 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
     """`encode` of one dataset."""
     out = Path(config.out)
     refuse_output_in_source(config.out, config.source)
+    if config.cluster == "ray":
+        require_ray()
     setup = set_up_encode(config)
     if (done := finished(setup)) is not None:
         info = published(done)
@@ -73,6 +77,7 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
             out, info.rows, 0, info.shards, info.bytes, _quarantined(done), dict(setup.source.left_out)
         )  # fmt: skip
         _copy_beside(setup, out)
+        check_errors(setup, len(report.quarantined))
         _print(setup, report)
         return report
     with open_writer(setup) as writer:
@@ -90,6 +95,7 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
             units = plan(setup, writer, on_scan)
         preflight(setup, units)
         work = Work(setup, writer)
+        check_errors(setup, work.errors)
         elsewhere = run_units(setup, units) if config.cluster == "ray" else 0
         work.run(sum(len(unit.items) for unit in units))
         info = writer.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from dataclasses import replace
@@ -25,12 +26,9 @@ def run_units(setup: EncodeSetup, units: list[Unit]) -> int:
     Units that other processes have or that tasks failed to finish are left to the caller.
 
     Raises:
-        ValueError: ray is not installed; what a task raised.
+        ValueError: no node is large enough; what a task raised.
     """
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("--cluster ray: expected the package ray: pip install 'fastlatent[ray]'") from None
+    ray = require_ray()
     config = _absolute(setup.config)
     ours = not ray.is_initialized()
     if ours:
@@ -58,6 +56,18 @@ def run_units(setup: EncodeSetup, units: list[Unit]) -> int:
     finally:
         if ours:
             ray.shutdown()  # its workers end, and with them their leases
+
+
+def require_ray() -> Any:
+    """The package ray.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module("ray")
+    except ImportError:
+        raise ValueError("--cluster ray: expected the package ray: pip install 'fastlatent[ray]'") from None
 
 
 def _run_unit(config: EncodeConfig, unit: str) -> int:

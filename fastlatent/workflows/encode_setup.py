@@ -88,6 +88,12 @@ class EncodeSetup:
     def _engine_settings(self) -> dict[str, Any]:
         return engine_settings(self.config.engine, self.device, fuse=self._fuse)
 
+    @property
+    def reading(self) -> tuple[int, int]:
+        """Files that are read in one call, and calls at a time: one file and many calls, or many files in a call for
+        decoders that divide them themselves."""
+        return (1, self.config.readers) if self.decoder.name == "pillow" else (self.config.batch_size, 2)
+
     def entries(self) -> list[Entry]:
         """The source's items as the store lists them."""
         return [

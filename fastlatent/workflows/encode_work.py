@@ -24,23 +24,19 @@ class Work:
     """What this process does of a plan.
 
     Attributes:
-        encoded, errors: rows made here, and files left out here.
+        encoded, errors: rows made here; files left out here, or before this process began.
         meter: busy shares of decode, encode and write.
-        chunk, threads: files that are read in one call, and calls at a time.
     """
 
     def __init__(self, setup: EncodeSetup, writer: DatasetWriter) -> None:
-        self.encoded = self.errors = 0
+        self.encoded, self.errors = 0, writer.left_out
         self._setup, self._writer = setup, writer
         self._watch = OverflowWatch(setup.vae, DTYPES[setup.config.compute_dtype])
         self._unit: Unit | None = None  # the one whose files are being handed out
         self._parts: Iterator[tuple[PlannedItem, ...]] = iter(())
         self._only: str | None = None
-        # One file per call and many calls at a time, or many files per call for those who divide them themselves.
-        alone = setup.decoder.name == "pillow"
-        self.chunk = 1 if alone else setup.config.batch_size
-        self.threads = setup.config.readers if alone else 2
-        self.meter = Meter({"decode": self.threads, "encode": 1, "write": 1})
+        self._chunk, self._threads = setup.reading
+        self.meter = Meter({"decode": self._threads, "encode": 1, "write": 1})
 
     @property
     def retried(self) -> int:
@@ -61,7 +57,7 @@ class Work:
         with (
             StopRequest() as stop,
             Progress("encode", total, "images", describe=self._describe) as progress,
-            ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool,
+            ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool,
             ThreadPoolExecutor(1, thread_name_prefix="write") as behind,
         ):
 
@@ -94,7 +90,7 @@ class Work:
     ) -> None:
         """`first`, and whatever can be claimed while its files are read, until there is nothing at the moment."""
         self._hand_out(first)
-        depth = max(2 * self.threads, 2 * self._setup.config.batch_size // self.chunk)
+        depth = max(2 * self._threads, 2 * self._setup.config.batch_size // self._chunk)
         writing: Future[None] | None = None  # one at a time: two units' rows are in memory at most
         maker: RowMaker | None = None
         left = 0
@@ -116,7 +112,7 @@ class Work:
 
     def _hand_out(self, unit: Unit) -> None:
         self._unit = unit
-        self._parts = iter([unit.items[i : i + self.chunk] for i in range(0, len(unit.items), self.chunk)])
+        self._parts = iter([unit.items[i : i + self._chunk] for i in range(0, len(unit.items), self._chunk)])
 
     def _pull(self, on_others: Callable[[int], None]) -> Part | None:
         """The next files to read. At most one unit is claimed ahead: what this process holds, no other one does."""

@@ -170,7 +170,7 @@ def test_resume_on_another_dataset(chain, images, tmp_path):
     assert chain.contents(tmp_path / "ar") == before
 
 
-def test_two_at_once(chain, tmp_path):
+def test_two_at_once(chain, images, tmp_path):
     for name, run in (("ar", train_ar), ("vae", train_vae)):
         folder = chain.copy(name, tmp_path / name)
         lock = Lock(folder)
@@ -184,7 +184,10 @@ def test_two_at_once(chain, tmp_path):
     before = chain.contents(folder)
     lock = Lock(folder)
     try:
-        assert f"is being written by pid {os.getpid()}" in encode(chain, chain.images, folder).message
+        # Where nothing is to be done nothing is written, whoever else does.
+        assert "0 files encoded now" in encode(chain, images, folder).out
+        chain.image(5).save(images / "ant" / "new.png")
+        assert f"is being written by pid {os.getpid()}" in encode(chain, images, folder).message
     finally:
         lock.release()
     assert chain.contents(folder) == before

@@ -240,10 +240,17 @@ def test_max_errors_stops_and_a_higher_limit_goes_on(chain, images, tmp_path):
     assert not (out / "dataset.json").exists()
     kept = shards_of(out)
     assert len(kept) == 3
+    # One fault was committed with the third unit, and counts in the second run as in the first.
+    assert "--max-errors 2: 3 files cannot be used" in run(chain, images, out, "--max-errors 2").message
     done = run(chain, images, out, "--max-errors 3")
     assert done.code == 0 and "8 rows in 3 shards" in done.out and "0 files encoded now" in done.out
     assert shards_of(out) == kept
     assert len(Dataset.open(out).quarantined) == 3
+    # Also when there is nothing left to do, or only another file.
+    assert "--max-errors 2: 3 files cannot be used" in run(chain, images, out, "--max-errors 2").message
+    chain.image(50).save(images / "bee" / "9.png")
+    assert "--max-errors 2: 3 files cannot be used" in run(chain, images, out, "--max-errors 2").message
+    assert "1 files encoded now" in run(chain, images, out, "--max-errors 3").out
 
 
 def test_max_errors_counts_what_the_source_cannot_give_before_anything_is_read(chain, images, tmp_path):

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import re
+import shutil
 import tarfile
 import uuid
 from pathlib import Path
@@ -132,7 +134,30 @@ def test_pickles_are_copied_byte_for_byte_and_disturb_nothing(chain, data, w0):
         out = w0[1] / ("tartan_drive" if name == "tartan" else name)
         copies = {path.parent.name: path.read_bytes() for path in out.glob("*/traj_data.pkl")}
         assert copies == {one: (data / name / one / "traj_data.pkl").read_bytes() for one in trajectories}
-        assert "sound" in chain.ok("verify --full", out).out
+        assert "sound" in chain.ok("verify --full --reencode 3", out).out
+
+
+def test_a_trajectory_that_is_called_like_a_folder_of_the_dataset(chain, tmp_path):
+    # gc empties damaged/, and index/ holds the index: a pickle there would not stay, or not be left alone.
+    for name in ("damaged", "index"):
+        trajectory(chain, tmp_path / name / name, 1)
+        assert encode(chain, tmp_path / name, tmp_path / "d").code == 0
+        message = encode(chain, tmp_path / name, tmp_path / "e", "--copy-pkl").message
+        assert f"--copy-pkl: a trajectory cannot be called '{name}'" in message
+        shutil.rmtree(tmp_path / "d")
+        shutil.rmtree(tmp_path / "e")
+
+
+def test_the_preflight_of_each_dataset_says_how_many_bytes_are_written(w0):
+    sizes = [int(text.replace(",", "")) for text in re.findall(r" shards of ([\d,]+) bytes", w0[0])]
+    assert sizes == [sum(map(len, shards_of(w0[1] / name).values())) for name in ("recon", "tartan_drive")]
+
+
+def test_all_datasets_again(chain, data, w0):
+    before = {name: shards_of(w0[1] / name) for name in ("recon", "tartan_drive")}
+    out = encoded(chain, data, w0[1], "--all --copy-pkl --transform nwm")
+    assert out.count("; 0 files encoded now") == 2
+    assert {name: shards_of(w0[1] / name) for name in before} == before
 
 
 def test_trajectories_that_cannot_be_used_are_listed(w0):
@@ -281,7 +306,10 @@ def test_a_changed_condition_makes_exactly_its_row_anew(chain, manifest, tmp_pat
     assert same(found, rows)
     assert before.items() <= shards_of(out).items() and len(shards_of(out)) == len(before) + 1
     assert "0 files encoded now" in encoded(chain, manifest, out, f"--split train {SPEC}")
-    # Other conditions are other rows: another dataset.
+    # Other conditions, or the same in another order, are another dataset.
+    turned = SPEC.replace("temperature:1,wind:3,", "wind:3,temperature:1,")
+    message = encode(chain, manifest, out, f"--split train {turned}").message
+    assert "conditions: temperature:… (dataset) != wind:3,tempe… (now)" in message
     message = encode(chain, manifest, out, "--split train --condition-spec temperature:1").message
     assert "was encoded with other settings:\n  columns: " in message
 
