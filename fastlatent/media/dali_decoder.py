@@ -49,6 +49,8 @@ class DaliJpegs:
                 output_type=types.DALIImageType.RGB,
                 adjust_orientation=False,
                 jpeg_fancy_upsampling=True,  # chroma as libjpeg-turbo, and with it Pillow, enlarges it
+                # By default the hardware engine takes some files of a batch, by their place in it, and CUDA the others.
+                hw_decoder_load=0.0,
             )
             pipeline.set_outputs(images, positions)
         pipeline.build()
@@ -60,12 +62,18 @@ class DaliJpegs:
                 files=[np.frombuffer(data, dtype=np.uint8) for data in batch],
                 positions=[np.array([i]) for i in range(len(batch))],
             )
-        except RuntimeError:
+        except RuntimeError as error:
+            if "memory" in str(error).lower():  # of the GPU: no property of a file
+                raise
             self.pipeline = self._build()  # DALI calls one invalid after an exception
             return None
         pixels: list[Any] = [None] * len(batch)
         for i in range(len(batch)):
             pixels[int(np.asarray(positions.at(i))[0])] = self._copied(images[i])
+        if self.index is not None:  # DALI does not know when the copies are made, and would write over their source
+            import torch
+
+            torch.cuda.current_stream(self.index).synchronize()
         return pixels
 
     def _copied(self, image: Any) -> Any:

@@ -76,6 +76,11 @@ def choose_decoder(device: str, channels: int) -> tuple[str, str]:
     return "pillow", "; ".join(reasons)
 
 
+def decoder_of(rule: str) -> str:
+    """The name of the decoder with this `rule`."""
+    return next((name for name in NAMES if f" jpeg:{name}-" in rule), "pillow")
+
+
 def open_decoder(
     name: str, *, channels: int, device: str, threads: int, input_range: tuple[float, float] | None = None
 ) -> Decoder:
@@ -198,7 +203,7 @@ class JpegDecoder:
             return pixels
         import torch
 
-        return torch.from_numpy(pixels).to(self.device)
+        return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).to(self.device)
 
     def close(self) -> None:
         self.codec.close()

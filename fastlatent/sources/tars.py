@@ -65,7 +65,7 @@ def scan_tars(root: Place | Sequence[Place], *, captions: str | None = None) -> 
 
     Args:
         root: a folder with *.tar at any depth, one tar, or several; paths, or URLs of one file system.
-        captions: suffix of the text members, or a key of .json members. None: .txt where there are any.
+        captions: suffix of the text members (txt), or a key of .json members. None: no captions.
 
     Raises:
         ValueError: nothing there, a compressed tar, no image that can be read, no caption where `captions` is given.
@@ -206,7 +206,7 @@ def _look(files: Files, archives: dict[str, Found], captions: str | None, path: 
         OSError: it cannot be read. ValueError: it is compressed.
     """
     window = Window(partial(files.read_range, path), archives[path].size, files.gap)
-    looked_into = {"txt", "cls"} if captions is None else {captions.lower(), "json", "cls"}
+    looked_into = {"cls"} if captions is None else {captions.lower(), "json", "cls"}
     contents = _Contents()
     samples: dict[str, _Parts] = {}
     last = ""
@@ -267,7 +267,7 @@ def _add(contents: _Contents, parts: _Parts, captions: str | None) -> None:
     except ValueError as error:
         contents.left_out |= dict.fromkeys(images, str(error))
         return
-    used = {captions.lower() if captions else "txt", "cls", *(["json"] if captions else [])} if images else set()
+    used = {"cls", *([captions.lower(), "json"] if captions else [])} if images else set()
     for suffix, (name, member) in parts.members.items():
         if name in images:
             contents.samples.append(_Sample(name, member.offset, member.size, label, caption))
@@ -286,11 +286,12 @@ def _label(parts: _Parts) -> int:
 
 
 def _caption(parts: _Parts, captions: str | None) -> str | None:
-    suffix = captions.lower() if captions else "txt"
+    if captions is None:
+        return None
     try:
-        if suffix in parts.texts:
-            return read_text(parts.texts[suffix])
-        if captions is None or "json" not in parts.texts:
+        if captions.lower() in parts.texts:
+            return read_text(parts.texts[captions.lower()])
+        if "json" not in parts.texts:
             return None
         values = json.loads(read_text(parts.texts["json"]))
     except (ValueError, RecursionError) as error:
@@ -298,4 +299,6 @@ def _caption(parts: _Parts, captions: str | None) -> str | None:
     value = values.get(captions) if isinstance(values, dict) else values
     if value is not None and not isinstance(value, str):
         raise ValueError(f"its caption: expected a text as {captions!r} of its .json, got {value!r:.50}")
+    if value is not None and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"its caption: expected Unicode text, got half of a surrogate pair in {value!a:.50}")
     return None if value is None else value.strip()

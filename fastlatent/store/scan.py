@@ -39,8 +39,9 @@ class Entry:
     order: int = 0
 
 
-# What a file's bytes tell: their digest, 32 hexadecimal digits, and its bucket. Called in several threads.
-Examine = Callable[[Entry], tuple[str, int]]
+# What a file's bytes tell: their digest, 32 hexadecimal digits, and its bucket; None: it cannot be read, and is no file
+# of the scan. Called in several threads.
+Examine = Callable[[Entry], tuple[str, int] | None]
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ def scan(
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         for start in range(0, len(unread), HASH_BLOCK):
             block = unread[start : start + HASH_BLOCK]
-            for i, (digest, bucket) in zip(block, pool.map(read, [entries[i][1] for i in block]), strict=True):
-                found[i] = Scanned(entries[i][0], _in_bucket(entries[i][1], bucket), digest)
+            for i, told in zip(block, pool.map(read, [entries[i][1] for i in block]), strict=True):
+                if told is not None:
+                    found[i] = Scanned(entries[i][0], _in_bucket(entries[i][1], told[1]), told[0])
             if on_progress is not None:
                 on_progress(start + len(block), len(unread))
     scanned = [one for one in found if one is not None]

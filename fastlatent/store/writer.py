@@ -94,6 +94,7 @@ class DatasetWriter:
         self._told: set[str] = set()  # units of others that `on_others` was told of
         self._committed = self._journals.refresh()
         self._scan: list[Scanned] | None = None
+        self._settled = 0  # files of the scan that are in quarantine since earlier generations
         self._digest = ""
         self._units: dict[str, Unit] = {}
         self._indexed: dict[Pair, int] = {}
@@ -194,8 +195,8 @@ class DatasetWriter:
         every other one is read, by one writer at a time, and `on_progress(done, total)` counts those.
 
         Args:
-            examine: reads an entry and returns its digest and bucket; by default the file at entry.path is hashed,
-                and its bucket is entry.bucket.
+            examine: reads an entry and returns its digest and bucket, or None for one that cannot be read and is left
+                out; by default the file at entry.path is hashed, and its bucket is entry.bucket.
 
         Raises:
             ValueError: a key that occurs twice, a label outside the classes, a file that cannot be read or
@@ -244,7 +245,7 @@ class DatasetWriter:
         )
         if not fits:
             if pending is None and (not files or (not units and self._is_current(files))):  # no files: `finish` refuses
-                self._scan = files
+                self._take(files)
                 return True
             if not planning:
                 self._wait_to_plan(stamp)
@@ -265,8 +266,13 @@ class DatasetWriter:
                 if not made:
                     return False
             self._leases.join(self._generation)
-        self._scan = files
+        self._take(files)
         return True
+
+    def _take(self, files: list[Scanned]) -> None:
+        settled = quarantined_files(self._current)
+        self._scan = files
+        self._settled = sum(one.pair in settled for one in files) if settled else 0
 
     def _wait_to_plan(self, stamp: tuple[int, ...] | None) -> None:
         """Wait until it is this writer's turn to plan, or the plan is no longer the one of `stamp`."""
@@ -311,11 +317,9 @@ class DatasetWriter:
     @property
     def left_out(self) -> int:
         """Files of the plan that are in quarantine: since earlier generations, or by units that are committed."""
-        settled = quarantined_files(self._current)
-        earlier = sum(one.pair in settled for one in self._scan or []) if settled else 0
         with self._guard:
             units = [one for one in self._committed.values() if one.unit in self._units]
-        return earlier + sum(len(one.quarantined) for one in units)
+        return self._settled + sum(len(one.quarantined) for one in units)
 
     def claim(self, on_others: Callable[[int], None] | None = None) -> Iterator[Unit]:
         """The plan's units that nobody has committed and nobody else works on, one by one; commit each.

@@ -16,7 +16,7 @@ from fastlatent.store.provenance import fingerprint
 from fastlatent.store.reader import Dataset
 from fastlatent.store.records import ROOT
 from fastlatent.store.unchanged import unchanged
-from fastlatent.workflows.encode_plan import open_writer, plan, preflight
+from fastlatent.workflows.encode_plan import open_writer, plan, preflight, try_engine
 from fastlatent.workflows.encode_ray import require_ray, run_units
 from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
 from fastlatent.workflows.encode_work import Work, check_errors
@@ -56,11 +56,19 @@ def encode(config: EncodeConfig) -> EncodeReport | list[EncodeReport]:
         return encode_one(config)
     if config.trajectories is not None or config.kind not in ("auto", "trajectories"):
         raise ValueError("--all: expected neither --trajectories nor another --kind: it encodes every dataset whole")
-    reports = []
+    reports, failed = [], []
     for name, path in find_datasets(config.source).items():
         print(f"{path} -> {Path(config.out) / name}")
         one = replace(config, source=path, out=str(Path(config.out) / name), all=False, kind="trajectories")
-        reports.append(encode_one(one))
+        try:
+            reports.append(encode_one(one))
+        except ValueError as error:  # the others do not wait for it
+            failed.append(f"{name}: {error}")
+            print(failed[-1])
+    if failed:
+        raise ValueError(
+            "\n  ".join([f"--all: {len(failed)} of {len(failed) + len(reports)} datasets failed:", *failed])
+        )
     return reports
 
 
@@ -74,12 +82,13 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
     if (done := finished(setup)) is not None:
         info = published(done)
         report = EncodeReport(
-            out, info.rows, 0, info.shards, info.bytes, _quarantined(done), dict(setup.source.left_out)
+            out, info.rows, 0, info.shards, info.bytes, _quarantined(done), setup.left_out
         )  # fmt: skip
         _copy_beside(setup, out)
         check_errors(setup, len(report.quarantined))
         _print(setup, report)
         return report
+    try_engine(setup)
     with open_writer(setup) as writer:
         keep_config(out / "encode.yaml", setup.config)
         for line in setup.reasons:
@@ -98,6 +107,7 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
         check_errors(setup, work.errors)
         elsewhere = run_units(setup, units) if config.cluster == "ray" else 0
         work.run(sum(len(unit.items) for unit in units))
+        check_errors(setup, writer.left_out)
         info = writer.finish()
     report = EncodeReport(
         out,
@@ -106,7 +116,7 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
         info.shards,
         info.bytes,
         _quarantined(Dataset.open(out)),
-        dict(setup.source.left_out),
+        setup.left_out,
         work.retried,
     )
     _print(setup, report)

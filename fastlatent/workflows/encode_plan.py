@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastlatent.pipeline.progress import duration
+from fastlatent.store.reader import PROVENANCE
 from fastlatent.store.records import Unit
 from fastlatent.store.rows import Rows, Values, shard_bytes
 from fastlatent.store.shard import DTYPES
@@ -37,6 +38,19 @@ def open_writer(setup: EncodeSetup) -> DatasetWriter:
         schema=setup.schema,
         allow_mixed=config.allow_mixed,
     )
+
+
+def try_engine(setup: EncodeSetup) -> None:
+    """Before a new dataset records its engine, encode a batch with it where that may fail: a compiler, a GPU's memory.
+
+    Raises:
+        ValueError, RuntimeError: it does; nothing is written yet, so another engine or batch size can be asked for.
+    """
+    config = setup.config
+    if (Path(config.out) / PROVENANCE).exists() or (config.engine == "eager" and setup.device.type == "cpu"):
+        return
+    for shape in setup.transform.shapes:
+        setup.engine.encode(torch.zeros(config.batch_size, setup.vae.pixel_channels, *shape, device=setup.device)).cpu()
 
 
 def plan(setup: EncodeSetup, writer: DatasetWriter, on_scan: Callable[[int, int], None] | None = None) -> list[Unit]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 from fastlatent.config import EncodeConfig
 from fastlatent.pipeline.progress import Progress
 from fastlatent.store.records import Unit
+from fastlatent.store.writer import DatasetWriter
 from fastlatent.workflows.encode_plan import open_writer, plan
 from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
 from fastlatent.workflows.encode_work import Work
 
 RETRIES = 3  # of a task whose process or machine died; what it had not committed is done again
-_open: dict[EncodeConfig, Work] = {}  # in a Ray worker, which runs many tasks
+_open: dict[str, tuple[DatasetWriter, Work]] = {}  # in a Ray worker, which runs many tasks: of its newest `run_units`
 
 
 def run_units(setup: EncodeSetup, units: list[Unit]) -> int:
@@ -35,13 +37,15 @@ def run_units(setup: EncodeSetup, units: list[Unit]) -> int:
         address = os.environ.get("RAY_ADDRESS")
         ray.init(address=address, logging_level=logging.WARNING, **({} if address else {"include_dashboard": False}))
     try:
-        needed = {"CPU": config.threads, "GPU": 1 if setup.device.type == "cuda" else 0}
+        cuda = setup.device.type == "cuda"
+        needed = {"CPU": config.readers, "GPU": 1} if cuda else {"CPU": config.threads, "GPU": 0}
         nodes = [node["Resources"] for node in ray.nodes()]
         if not any(all(node.get(kind, 0) >= count for kind, count in needed.items()) for node in nodes):
             found = [{kind: node.get(kind, 0) for kind in needed} for node in nodes]
             raise ValueError(f"--cluster ray: expected a node with {needed}, got {found}: fewer --threads, or --device")
         task = ray.remote(max_retries=RETRIES, num_cpus=needed["CPU"], num_gpus=needed["GPU"])(_run_unit)
-        size = {task.remote(config, unit.id): len(unit.items) for unit in units}
+        call = uuid.uuid4().hex
+        size = {task.remote(call, config, unit.id): len(unit.items) for unit in units}
         waiting, rows = list(size), 0
         with Progress("encode", sum(size.values()), "images") as progress:
             while waiting:
@@ -51,6 +55,8 @@ def run_units(setup: EncodeSetup, units: list[Unit]) -> int:
                         rows += ray.get(one)
                     except ray.exceptions.RayTaskError as error:
                         raise error.cause if isinstance(error.cause, (ValueError, OSError)) else error from None
+                    except ray.exceptions.RayError as error:  # its worker died, and died again
+                        print(f"left to this process: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
                     progress.advance(size[one])
         return rows
     finally:
@@ -70,14 +76,17 @@ def require_ray() -> Any:
         raise ValueError("--cluster ray: expected the package ray: pip install 'fastlatent[ray]'") from None
 
 
-def _run_unit(config: EncodeConfig, unit: str) -> int:
+def _run_unit(call: str, config: EncodeConfig, unit: str) -> int:
     """In a worker: one unit, unless it is done or another has it; the number of its rows."""
-    if config not in _open:
+    if call not in _open:
+        for writer, _ in _open.values():  # of a session that outlives the call, in which somebody else started Ray
+            writer.__exit__(None, None, None)
+        _open.clear()
         setup = set_up_encode(config)
-        writer = open_writer(setup).__enter__()  # until this process ends
+        writer = open_writer(setup).__enter__()  # until this process ends, or the next call
         plan(setup, writer)
-        _open[config] = Work(setup, writer)
-    work = _open[config]
+        _open[call] = writer, Work(setup, writer)
+    _, work = _open[call]
     before = work.encoded
     work.run(0, only=unit)
     return work.encoded - before

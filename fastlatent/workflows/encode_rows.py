@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,45 +39,69 @@ class Picture:
 
 
 def read_pictures(setup: EncodeSetup, unit: Unit, items: Sequence[PlannedItem]) -> list[Picture]:
-    """Read, decode, resize and crop. Runs in several threads.
+    """Read, decode, resize and crop. Runs in several threads; pixels on a GPU are complete when it returns.
 
     Raises:
         ValueError: a file cannot be read, or is not what was planned.
     """
-    files = []
-    for planned in items:
-        item = setup.item(planned.key)
-        data = b"" if item is None else setup.read(item)
-        if item is None or content_digest(item, data) != planned.digest:
-            raise ValueError(f"{planned.path} changed while the dataset was being encoded; rerun the same command")
-        files.append(data)
-    shape = setup.pixel_shape(unit.bucket)
-    bucket = setup.transform.shapes.index(shape)
+    if len(items) == 1:
+        files = [_read(setup, items[0])]
+    else:
+        files = list(setup.readers.map(lambda planned: _read(setup, planned), items))
+    bucket = setup.transform.shapes.index(setup.pixel_shape(unit.bucket))
     pictures = []
-    with setup.decoding:
-        images: list[Any] = setup.decoder.decode(files)
-    for planned, image in zip(items, images, strict=True):
-        try:
+    with _own_stream(setup.device):
+        with setup.decoding:
+            images: list[Any] = setup.decoder.decode(files)
+        for planned, image in zip(items, images, strict=True):
             if isinstance(image, ImageError):
-                raise image
+                pictures.append(Picture(planned, None, error=image))
+                continue
             pixels, crop = setup.transform.apply(image, planned.key, bucket)
-        except ImageError as error:
-            pictures.append(Picture(planned, None, error=error))
-        else:
             pictures.append(Picture(planned, pixels, (int(image.shape[0]), int(image.shape[1])), crop))
     return pictures
 
 
+def _read(setup: EncodeSetup, planned: PlannedItem) -> bytes:
+    item = setup.item(planned.key)
+    data = b"" if item is None else setup.read(item)
+    if item is None or content_digest(item, data) != planned.digest:
+        raise ValueError(f"{planned.path} changed while the dataset was being encoded; rerun the same command")
+    return data
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """On CUDA a stream of this thread's own, waited for at the end: decoding goes on beside the encoder's batches."""
+    if device.type != "cuda":
+        yield
+        return
+    if not hasattr(_threads, "stream"):
+        _threads.stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(_threads.stream):
+        yield
+    _threads.stream.synchronize()
+
+
+_threads = threading.local()
+
+
 @dataclass
 class _Running:
-    """A batch that the device is at work on: where its rows go, and what comes back."""
+    """A batch that the device is at work on: where its rows go, and what comes back, valid once `done`.
+
+    views: the pixels, and those of the mirror images; moments: of each; stored, finite: on the host, the rows as they
+    are stored (float32 for int8) and whether each is finite.
+    """
 
     begin: int
     count: int
-    pixels: Tensor
+    views: list[Tensor]
     moments: list[Tensor]
-    done: torch.cuda.Event | None
+    stored: Tensor
+    finite: Tensor
     begun: torch.cuda.Event | None
+    done: torch.cuda.Event | None
 
 
 class RowMaker:
@@ -142,35 +168,44 @@ class RowMaker:
         begin = len(self._good)
         self._good += [Picture(one.item, None, one.orig_hw, one.crop) for one in self._waiting]
         self._waiting = []
-        flips = self._unit.bucket[0]
-        if setup.device.type == "cuda":
-            begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begun.record()
-            moments = [setup.engine.encode(view) for view in [pixels, pixels.flip(-1)][:flips]]
+        views = [pixels, pixels.flip(-1)][: self._unit.bucket[0]]
+        cuda = setup.device.type == "cuda"
+        begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if cuda else (None, None)
+        with nullcontext() if cuda else self._meter.busy("encode"):
+            if begun is not None:
+                begun.record()
+            moments = [setup.engine.encode(view) for view in views]
+        rows = self._rows(moments, count)
+        finite, stored = _to_host(rows.isfinite().flatten(1).all(1)), _to_host(self._cast(rows))
+        if done is not None:
             done.record()
-            self._running.append(_Running(begin, count, pixels, moments, done, begun))
-        else:
-            with self._meter.busy("encode"):
-                moments = [setup.engine.encode(view) for view in [pixels, pixels.flip(-1)][:flips]]
-            self._running.append(_Running(begin, count, pixels, moments, None, None))
-        while len(self._running) > (1 if setup.device.type == "cuda" else 0):
+        self._running.append(_Running(begin, count, views, moments, stored, finite, begun, done))
+        while len(self._running) > (1 if cuda else 0):
             self._fetch()
 
     def _fetch(self) -> None:
-        """Bring the oldest running batch's rows back, in the dtype they are stored in."""
+        """Take over the oldest running batch's rows; only of a batch that overflowed is anything computed here."""
         run = self._running.popleft()
-        views = [run.pixels, run.pixels.flip(-1)]
-        moments = torch.stack(
-            [self._watch.repair(view, part) for view, part in zip(views, run.moments, strict=False)], dim=1
-        )[: run.count, :, : self._unit.bucket[1]]
+        if run.begun is not None and run.done is not None:
+            run.done.synchronize()
+            self._meter.add("encode", run.begun.elapsed_time(run.done) / 1e3)
+        stored = run.stored
+        if not run.finite.all():
+            moments = [self._watch.repair(view, part) for view, part in zip(run.views, run.moments, strict=True)]
+            stored = self._cast(self._rows(moments, run.count)).cpu()
         where = slice(run.begin, run.begin + run.count)
         if self._scale is not None:
-            self._payload[where], self._scale[where] = quantize(moments.cpu().numpy(), 3)
+            self._payload[where], self._scale[where] = quantize(stored.numpy(), 3)
         else:
-            self._payload[where] = _stored(moments, self._setup.config.dtype)
-        if run.begun is not None and run.done is not None:
-            self._meter.add("encode", run.begun.elapsed_time(run.done) / 1e3)
+            self._payload[where] = (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy()
         self._on_done(run.count, 0)
+
+    def _rows(self, moments: list[Tensor], count: int) -> Tensor:
+        """[count, F, 2C or C, h, w]: without the padding of the batch, and without logvar where that is not stored."""
+        return torch.stack(moments, dim=1)[:count, :, : self._unit.bucket[1]]
+
+    def _cast(self, rows: Tensor) -> Tensor:
+        return rows if self._scale is not None else rows.to(DTYPES[self._setup.config.dtype])
 
     def _extras(self, keys: list[str]) -> dict[str, Values]:
         """The further tensors of these rows: what the source attached, and embeddings of the captions."""
@@ -208,8 +243,14 @@ def to_batch(pixels: Sequence[Any], size: int, device: torch.device) -> Tensor:
     What is missing to `size` is 0, mid-grey. x / 127.5 − 1, or 2x − 1, in float32, as `media.images.to_model_range`.
     """
     images = [one if isinstance(one, Tensor) else torch.from_numpy(one) for one in pixels]
+    for image in images:
+        if image.is_cuda:  # made on another stream, and freed while this one may still read it
+            image.record_stream(torch.cuda.current_stream(device))
     if all(image.dtype == torch.uint8 for image in images):
-        parts = [torch.stack(images).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1]
+        stacked = torch.stack(images)
+        if device.type == "cuda" and not stacked.is_cuda:  # from pageable memory the copy would wait for the encoder
+            stacked = stacked.pin_memory()
+        parts = [stacked.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1]
     else:
         parts = []
         for image in images:
@@ -221,7 +262,9 @@ def to_batch(pixels: Sequence[Any], size: int, device: torch.device) -> Tensor:
     return torch.cat(parts).contiguous()
 
 
-def _stored(moments: Tensor, dtype: str) -> np.ndarray:
-    if dtype == "bfloat16":
-        return moments.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
-    return moments.to(DTYPES[dtype]).cpu().numpy()
+def _to_host(values: Tensor) -> Tensor:
+    """On CUDA into pinned memory and valid only once the stream has got there; else itself."""
+    if not values.is_cuda:
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)

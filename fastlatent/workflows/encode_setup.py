@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from fastlatent.encoders.engines.numerics import fix_numerics
 from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.protocol import Autoencoder
 from fastlatent.encoders.text import TextEncoder, load_text_encoder
-from fastlatent.media.decoders import Decoder, choose_decoder, open_decoder
+from fastlatent.encoders.watch import precision_warning
+from fastlatent.media.decoders import Decoder, choose_decoder, decoder_of, open_decoder
 from fastlatent.media.images import ImageError, image_size
 from fastlatent.media.transforms import Transform, open_transform
 from fastlatent.sources.columnar import ItemTable
@@ -35,6 +39,9 @@ from fastlatent.store.records import Field, Schema
 from fastlatent.store.scan import Entry
 from fastlatent.workflows.runtime import DTYPES, available_cores, set_up
 
+RETRY_SECONDS = (0.5, 2.0, 0.0)  # after each failed attempt to read a file
+# What a decoder needs besides Pillow, as pip calls it.
+PACKAGES = {"dali": ("nvidia-dali-cuda130",), "nvimagecodec": ("nvidia-nvimgcodec-cu13",)}
 STORED = {
     name: np.dtype(kind)
     for name, kind in (("float16", np.float16), ("bfloat16", np.uint16), ("float32", np.float32), ("int8", np.int8))
@@ -49,6 +56,7 @@ class EncodeSetup:
         config: with engine, batch_size and threads as they are used.
         reasons: of what `auto` chose, one line each.
         decoding: held while `decoder` is called: DALI and nvImageCodec take one call at a time.
+        readers: threads that read the files of one call.
     """
 
     config: EncodeConfig
@@ -61,6 +69,8 @@ class EncodeSetup:
     schema: Schema
     reasons: tuple[str, ...]
     decoding: AbstractContextManager[object]
+    readers: ThreadPoolExecutor
+    _unreadable: dict[str, str] = field(default_factory=dict)
 
     def item(self, key: str) -> Item | None:
         """The source's item of this key."""
@@ -85,6 +95,10 @@ class EncodeSetup:
     def _fuse(self) -> bool:
         return self.config.engine == "eager" and self.device.type == "cpu"  # on CUDA not measured yet
 
+    def _packages(self) -> list[str]:
+        """What computes the rows besides torch and Pillow."""
+        return ["diffusers", *PACKAGES.get(self.decoder.name, ()), *(["transformers"] if self.text else [])]
+
     def _engine_settings(self) -> dict[str, Any]:
         return engine_settings(self.config.engine, self.device, fuse=self._fuse)
 
@@ -101,25 +115,49 @@ class EncodeSetup:
             for item in self.source.items
         ]
 
-    def examine(self, entry: Entry) -> tuple[str, int]:
-        """Digest and bucket of an entry's bytes; what cannot be decoded goes to bucket 0, and to quarantine later."""
+    def examine(self, entry: Entry) -> tuple[str, int] | None:
+        """Digest and bucket of an entry's bytes; None for a file that cannot be read, which `left_out` then lists.
+
+        What cannot be decoded goes to bucket 0, and to quarantine later.
+        """
         item = self.item(entry.key)
         assert item is not None
-        data = self.read(item)
+        try:
+            data = self.read(item)
+        except ValueError as error:
+            self._unreadable[item.key] = str(error)
+            return None
+        if len(self.transform.shapes) == 1:
+            return content_digest(item, data), 0
         try:
             return content_digest(item, data), self.transform.shape_of(*image_size(data, input_range=self.input_range))
         except ImageError:
             return content_digest(item, data), 0
 
     @property
+    def left_out(self) -> dict[str, str]:
+        """What the source could not give -> why: as it was listed, and what could not be read since."""
+        return {**self.source.left_out, **self._unreadable}
+
+    @property
     def input_range(self) -> tuple[float, float] | None:
         return parse_range(self.config.input_range) if self.config.input_range else None
 
     def read(self, item: Item) -> bytes:
-        try:
-            return self.source.read(item)
-        except OSError as error:
-            raise ValueError(f"{item.place} could not be read: {error.strerror}; rerun the same command") from None
+        """The item's bytes. A network's file is asked for three times.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        for pause in RETRY_SECONDS:
+            try:
+                return self.source.read(item)
+            except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+                raise ValueError(f"{item.place} could not be read: {error.strerror or error}") from None
+            except OSError as error:
+                reason = error.strerror or str(error) or type(error).__name__
+                time.sleep(pause)
+        raise ValueError(f"{item.place} could not be read, {len(RETRY_SECONDS)} times: {reason}")
 
     def latent_shape(self, pixels: tuple[int, int]) -> tuple[int, ...]:
         """Of a row: [F, 2C or C, h, w]."""
@@ -162,6 +200,7 @@ class EncodeSetup:
                 "fastlatent": __version__,
                 "environment": {
                     **{name: value for name, value in machine(self.device).items() if name != "threads"},
+                    **{name: version(name) for name in self._packages()},
                     "pillow": pillow_version,
                     "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name(),
                 },
@@ -190,7 +229,7 @@ def set_up_encode(config: EncodeConfig) -> EncodeSetup:
                 f"{key}: {why}" for key, why in list(source.left_out.items())[:3]
             )
         )  # fmt: skip
-    recorded = recorded_engine(Path(config.out))
+    recorded: dict[str, Any] = _recorded(Path(config.out)).get("engine", {})
     threads = config.threads or recorded.get("threads", 0) or available_cores()
     device = set_up(config.device, threads)
     fix_numerics()
@@ -201,12 +240,16 @@ def set_up_encode(config: EncodeConfig) -> EncodeSetup:
     if len(transform.shapes) > 1 and source.items[0].group:
         raise ValueError("--transform buckets: expected images without groups; frames of a trajectory have one shape")
     reasons = []
+    if warning := precision_warning(vae, DTYPES[config.compute_dtype]):
+        reasons.append(warning)
     name = config.decoder
     if name == "auto":
         name, why = choose_decoder(device.type, vae.pixel_channels)
+        if rule := _recorded(Path(config.out)).get("decode"):
+            name, why = decoder_of(rule), "as recorded"
         reasons.append(f"decoder {name}: {why}")
     decoder = open_decoder(
-        name, channels=vae.pixel_channels, device=device.type, threads=config.readers,
+        name, channels=vae.pixel_channels, device=str(device), threads=config.readers,
         input_range=parse_range(config.input_range) if config.input_range else None,
     )  # fmt: skip
     engine, batch, why = choose_engine(device, len(source.items), transform.shapes)
@@ -229,14 +272,13 @@ def set_up_encode(config: EncodeConfig) -> EncodeSetup:
         settled, source, transform, decoder, vae, text, device,
         Schema(buckets, config.payload, extras), tuple(reasons),
         nullcontext() if decoder.name == "pillow" else threading.Lock(),
+        ThreadPoolExecutor(config.readers, thread_name_prefix="read"),
     )  # fmt: skip
 
 
-def recorded_engine(out: Path) -> dict[str, Any]:
-    """The engine that an unfinished or finished dataset was begun with, {} if there is none."""
-    if not (out / PROVENANCE).exists():
-        return {}
-    return read_provenance(out)["hashed"].get("engine", {})
+def _recorded(out: Path) -> dict[str, Any]:
+    """What decides the bytes of the unfinished or finished dataset at `out`, {} if there is none."""
+    return read_provenance(out)["hashed"] if (out / PROVENANCE).exists() else {}
 
 
 def parse_range(text: str) -> tuple[float, float]:

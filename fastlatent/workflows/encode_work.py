@@ -97,6 +97,8 @@ class Work:
         for (unit, _), pictures in ahead(lambda: self._pull(on_others), self._read, pool=pool, depth=depth):
             if maker is None:
                 maker, left = make(unit), len(unit.items)
+            if writing is not None and writing.done():
+                writing.result()  # a full disk is no news to wait for
             for picture in pictures:
                 maker.add(picture)
             left -= len(pictures)
@@ -133,15 +135,16 @@ class Work:
     def _write(self, unit: Unit, rows: Rows, bad: list[Quarantined]) -> None:
         with self.meter.busy("write"):
             self._writer.commit(unit, rows, bad)
+        check_errors(self._setup, self._writer.left_out)  # of all processes, latents that are not finite among them
 
     def _describe(self) -> str:
-        left_out = self.errors + len(self._setup.source.left_out)
+        left_out = self.errors + len(self._setup.left_out)
         return self.meter.text() + (f", {left_out:,} left out" if left_out else "")
 
 
 def check_errors(setup: EncodeSetup, quarantined: int) -> None:
     """Raise ValueError where more files than --max-errors cannot be used."""
-    limit, found = setup.config.max_errors, quarantined + len(setup.source.left_out)
+    limit, found = setup.config.max_errors, quarantined + len(setup.left_out)
     if limit is not None and found > limit:
         raise ValueError(
             f"--max-errors {limit}: {found} files cannot be used; what is finished stays, and the same command with a "

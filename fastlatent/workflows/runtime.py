@@ -43,12 +43,18 @@ def set_up(device: str, threads: int) -> torch.device:
             f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu, "
             "or see `fastlatent doctor`"
         )
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", chosen.index or 0)
+        torch.cuda.set_device(chosen)  # events and streams that name no device belong to the current one
     return chosen
 
 
 def refuse_output_in_source(out: str, source: str) -> None:
     """ValueError where what is written would be found as images, and its folder as a class, at the next scan."""
-    if Path(out).resolve().is_relative_to(Path(source).resolve()):
+    if "://" in out:
+        raise ValueError(f"--out {out}: expected a local folder; copy the finished dataset to where it shall be")
+    local = source.removeprefix("file://").removeprefix("local://")
+    if Path(out).resolve().is_relative_to(Path(local).resolve()):
         raise ValueError(f"--out {out} lies inside the source {source}: the next scan would take it for a class")
 
 

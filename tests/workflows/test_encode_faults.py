@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.sources.files import LocalFiles
 from fastlatent.store.reader import Dataset
+from fastlatent.workflows import encode_setup
 
 SIZE, BATCH = 8, 4
 # Batches that are not full, and units that hold good and bad files, one of them only bad ones.
@@ -284,17 +285,40 @@ def test_a_faulty_file_that_comes_or_goes_changes_no_other_row(chain, images, tm
         np.testing.assert_array_equal(getattr(dataset, column), getattr(first, column))
 
 
-def test_a_file_that_cannot_be_read_when_its_turn_comes_is_named(chain, images, tmp_path, monkeypatch):
-    read = LocalFiles.read
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])  # the second is asked for three times
+def test_a_file_that_cannot_be_read_is_left_out_until_it_can(chain, images, tmp_path, monkeypatch, number):
+    read, times = LocalFiles.read, []
 
     def refuse(self, path):
         if path == "bee/1.png":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            times.append(path)
+            raise OSError(number, os.strerror(number))
         return read(self, path)
 
     monkeypatch.setattr(LocalFiles, "read", refuse)
+    monkeypatch.setattr(encode_setup, "RETRY_SECONDS", (0.0, 0.0, 0.0))
     done = run(chain, images, tmp_path / "d")
-    assert f"{images / 'bee' / '1.png'} could not be read: Permission denied; rerun the same command" in done.message
+    reason = os.strerror(number) if number == errno.EACCES else f"3 times: {os.strerror(number)}"
+    assert done.code == 0 and "7 rows" in done.out
+    assert listed(done.out, "read")["bee/1.png"].endswith(reason)
+    assert len(times) == (1 if number == errno.EACCES else 3)
+    monkeypatch.undo()
+    assert "1 files encoded now" in run(chain, images, tmp_path / "d").out
+    assert rows_of(tmp_path / "d") == rows_of(chain.latents)
+
+
+def test_a_file_that_vanishes_after_the_plan_ends_the_run_and_is_named(chain, images, tmp_path, monkeypatch):
+    read, times = LocalFiles.read, []
+
+    def vanish(self, path):
+        times.append(path)
+        if path == "bee/1.png" and times.count(path) > 1:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return read(self, path)
+
+    monkeypatch.setattr(LocalFiles, "read", vanish)
+    done = run(chain, images, tmp_path / "d")
+    assert f"{images / 'bee' / '1.png'} could not be read: No such file or directory" in done.message
     monkeypatch.undo()
     assert run(chain, images, tmp_path / "d").code == 0
     assert rows_of(tmp_path / "d") == rows_of(chain.latents)

@@ -344,7 +344,7 @@ def test_tars_with_captions_and_labels(chain, tmp_path):
                 add(archive, "bad.jpg", b"no picture")
                 add(archive, "twice.png", png(chain, 5))
                 add(archive, "twice.jpg", png(chain, 5))
-    out = encoded(chain, tmp_path / "tars", tmp_path / "d")
+    out = encoded(chain, tmp_path / "tars", tmp_path / "d", "--captions txt")
     found = samples_of(tmp_path / "d", "caption", "label", "moments")
     assert {key: (text(one["caption"]), int(one["label"])) for key, one in found.items()} == {
         "0.tar/x.png": ("a x in 0.tar", 0),
@@ -356,7 +356,7 @@ def test_tars_with_captions_and_labels(chain, tmp_path):
     assert torch.equal(found["0.tar/x.png"]["moments"], found["deep/1.tar/x.png"]["moments"])
     assert "'0.tar/bad.jpg': no readable" in out
     assert "'0.tar/twice.png': one sample of 2 images" in out and "'0.tar/twice.jpg': one sample of 2 images" in out
-    assert "0 files encoded now" in encoded(chain, tmp_path / "tars", tmp_path / "d")
+    assert "0 files encoded now" in encoded(chain, tmp_path / "tars", tmp_path / "d", "--captions txt")
 
 
 FEATURES = {"image": {"_type": "Image"}, "kind": {"_type": "ClassLabel", "names": ["cat", "dog", "eel"]}}

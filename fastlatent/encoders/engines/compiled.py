@@ -25,19 +25,20 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compile_module(module: nn.Module, pixels: Tensor) -> Run:
+def compile_module(module: nn.Module, pixels: Tensor, pool: Any = None) -> Run:
     """`module` compiled whole for inputs exactly like `pixels`; on CUDA replayed as a CUDA graph.
 
-    What a run returns is overwritten by the next one on CUDA.
+    What a run returns is overwritten by the next one on CUDA, of any module with the same `pool`
+    (torch.cuda.graph_pool_handle): graphs that never run at once need the memory of the largest, not of all together.
     """
     compiled = torch.compile(module, fullgraph=True, dynamic=False, options=OPTIONS)
     # Every shape is a compilation of the same code, of which Dynamo allows 8: there may be more buckets.
     with torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
         compiled(pixels)
-    return captured(compiled, pixels) if pixels.is_cuda else compiled
+    return captured(compiled, pixels, pool) if pixels.is_cuda else compiled
 
 
-def captured(function: Run, pixels: Tensor) -> Run:
+def captured(function: Run, pixels: Tensor, pool: Any = None) -> Run:
     """`function` as a CUDA graph, for inputs like `pixels`.
 
     Our own capture rather than mode="reduce-overhead": Inductor's graphs belong to the thread that made them.
@@ -50,7 +51,7 @@ def captured(function: Run, pixels: Tensor) -> Run:
     torch.cuda.current_stream(pixels.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # thread_local: threads that decode meanwhile may allocate.
-    with torch.cuda.device(pixels.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.device(pixels.device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         out = function(still)
 
     def replay(new: Tensor) -> Tensor:

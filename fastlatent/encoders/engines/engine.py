@@ -116,17 +116,24 @@ def open_engine(
     if fuse:
         fuse_norms(module)
     runs: dict[Shape, Callable[[Tensor], Tensor]] = {}
+    pool = torch.cuda.graph_pool_handle() if weight.is_cuda and name == "compile" else None
     for shape in dict.fromkeys(shapes):
         pixels = _noise(shape, weight).contiguous(memory_format=_format(name))
         with torch.inference_mode(False), torch.no_grad():
-            runs[shape] = _open(name, module, pixels, vae, Path(cache), settings)
+            runs[shape] = _open(name, module, pixels, vae, Path(cache), settings, pool)
             if name != "eager":
                 _compare(name, runs[shape](pixels), module, pixels)
     return Engine(name, runs, weight, settings)
 
 
 def _open(
-    name: str, module: nn.Module, pixels: Tensor, vae: Autoencoder, cache: Path, settings: dict[str, Any]
+    name: str,
+    module: nn.Module,
+    pixels: Tensor,
+    vae: Autoencoder,
+    cache: Path,
+    settings: dict[str, Any],
+    pool: Any,
 ) -> Callable[[Tensor], Tensor]:
     if name == "eager":
         return module
@@ -136,7 +143,9 @@ def _open(
         return run
     try:
         return (
-            compile_module(module, pixels) if name == "compile" else load_package(module, pixels, cache, vae.identity())
+            compile_module(module, pixels, pool)
+            if name == "compile"
+            else load_package(module, pixels, cache, vae.identity())
         )
     except (OSError, torch.OutOfMemoryError):  # a full disk and a full GPU say so themselves
         raise
