@@ -25,11 +25,11 @@ from pathlib import Path
 import harness
 import numpy as np
 import torch
+from bench_decode import SHAPES, jpegs
 from diffusers import AutoencoderKL
 from PIL import Image
 from rows import Case, Row, append, results_path
 from safetensors.torch import save_file
-from sklearn.datasets import load_sample_images
 
 from fastlatent.config import EncodeConfig
 from fastlatent.store.records import PlannedItem, Unit
@@ -39,22 +39,24 @@ from fastlatent.workflows.encode_rows import read_pictures
 from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
 
 # Widths of the autoencoder: one with little work to a pixel, so that decoding counts, and Stable Diffusion's.
-WIDTHS = {"narrow": (16, 16, 32, 32), "medium": (32, 64, 64, 64), "sd": (128, 256, 512, 512)}
+WIDTHS = {"narrow": (16, 16, 32, 32), "sd": (128, 256, 512, 512)}
 PROVIDERS = ("fastlatent", "decode", "vae", "dataloader")
 CUDA = torch.cuda.is_available()
 
 
-def _case(vae: str, placement: str, images: int, dtype: str) -> Case:
-    sizes: dict[str, int | float | str] = {"vae": vae, "placement": placement, "images": images, "size": 256}
+def _case(vae: str, jpeg: str, placement: str, images: int, dtype: str) -> Case:
+    sizes: dict[str, int | float | str] = {
+        "vae": vae, "jpeg": jpeg, "placement": placement, "images": images, "size": 256,
+    }  # fmt: skip
     return Case("encode", sizes, dtype, "cuda" if CUDA else "cpu", PROVIDERS, threads=1 if placement == "pinned" else 2)
 
 
 CASES = (
-    [_case("sd", "shared", 4096, "bfloat16")]
+    [_case("sd", "500x375", "shared", 4096, "bfloat16")]
     if CUDA
     else [
-        _case(vae, placement, count, "float32")
-        for vae, count in (("narrow", 128), ("medium", 48))
+        _case("narrow", jpeg, placement, 96, "float32")
+        for jpeg in SHAPES  # of the large ones decoding takes half as long as encoding, of the others a twentieth
         for placement in ("shared", "pinned")
     ]
 )
@@ -64,9 +66,10 @@ CASES = (
 def prepare(case: Case) -> Iterator[tuple[harness.Prepared, Path]]:
     """The providers, and the folder of the dataset that "fastlatent" writes."""
     count, pinned = int(case.sizes["images"]), case.sizes["placement"] == "pinned"
+    cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder, _placed(pinned) as on_decode_core:
         root = Path(folder)
-        size = write_images(root / "images", count)
+        size = write_images(root / "images", count, *SHAPES[str(case.sizes["jpeg"])])
         write_vae(root / "vae", WIDTHS[str(case.sizes["vae"])])
         config = EncodeConfig(
             source=str(root / "images"), vae=str(root / "vae"), out=str(root / "out"), device=case.device,
@@ -98,7 +101,7 @@ def prepare(case: Case) -> Iterator[tuple[harness.Prepared, Path]]:
             "fastlatent": end_to_end,
             "decode": decode,
             "vae": vae,
-            "dataloader": by_hand(setup, root),
+            "dataloader": by_hand(setup, root, {max(cores)} if pinned else cores),
         }
         prepared = harness.Prepared(
             {name: (lambda function=function: function) for name, function in functions.items()},
@@ -129,17 +132,14 @@ def measure(case: Case, seconds: float) -> list[Row]:
     return found
 
 
-def write_images(folder: Path, count: int) -> int:
-    """`count` JPEGs of 500 x 375, quality 90, in two classes, cut from two photographs; their bytes."""
-    photos = load_sample_images().images
-    total = 0
+def write_images(folder: Path, count: int, width: int, height: int) -> int:
+    """`count` JPEGs in two classes; their bytes."""
+    files = jpegs(width, height, min(count, 64))
     for i in range(count):
         path = folder / f"class{i % 2}" / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        left, top = i * 7 % 140, i * 5 % 52
-        Image.fromarray(photos[i % 2][top : top + 375, left : left + 500]).save(path, quality=90)
-        total += path.stat().st_size
-    return total
+        path.write_bytes(files[i % len(files)])
+    return sum(len(files[i % len(files)]) for i in range(count))
 
 
 def write_vae(folder: Path, widths: tuple[int, ...]) -> None:
@@ -181,15 +181,18 @@ class Files(torch.utils.data.Dataset):
         return cut.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def by_hand(setup: EncodeSetup, root: Path) -> Callable[[], None]:
+def by_hand(setup: EncodeSetup, root: Path, core: set[int]) -> Callable[[], None]:
     paths = sorted((root / "images").rglob("*.jpg"))
+
+    def place(worker: int) -> None:
+        os.sched_setaffinity(0, core)
 
     def run() -> None:
         loader = torch.utils.data.DataLoader(
-            Files(paths), batch_size=setup.config.batch_size, num_workers=setup.config.readers
+            Files(paths), batch_size=setup.config.batch_size, num_workers=setup.config.readers, worker_init_fn=place
         )
         parts = [setup.vae.encode(batch.to(setup.device)).half().cpu() for batch in loader]
-        save_file({"moments": torch.cat(parts)}, root / "by_hand.safetensors")
+        save_file({"moments": torch.cat(parts).contiguous()}, root / "by_hand.safetensors")
 
     return run
 
