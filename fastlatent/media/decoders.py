@@ -148,9 +148,9 @@ class _ReadPool:
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def submit(self, data: bytes) -> Future[np.ndarray | ImageError]:
-        return self.threads.submit(self._read, data)
+        return self.threads.submit(self.read, data)
 
-    def _read(self, data: bytes) -> np.ndarray | ImageError:
+    def read(self, data: bytes) -> np.ndarray | ImageError:
         try:
             return read_image(data, channels=self.channels, input_range=self.input_range)
         except ImageError as error:
@@ -169,6 +169,8 @@ class PillowDecoder:
         self.pool = pool
 
     def decode(self, files: Sequence[bytes]) -> list[Pixels | ImageError]:
+        if len(files) == 1:  # the caller may have threads of its own
+            return [self.pool.read(files[0])]
         return [future.result() for future in [self.pool.submit(data) for data in files]]
 
     def close(self) -> None:

@@ -71,7 +71,7 @@ def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
     config, out = setup.config, Path(setup.config.out)
     needed = sum(shard_bytes(setup.provenance()["hashed"], unit, _empty(setup, unit), setup.schema) for unit in units)
     free = shutil.disk_usage(out).free
-    sample = units[0].items[: config.batch_size]
+    sample = units[0].items[: max(4, setup.reading[0])]  # they are read again afterwards
     begin = time.monotonic()
     pictures = read_pictures(setup, units[0], sample)
     reading = (time.monotonic() - begin) / len(sample) / (1 if setup.device.type == "cuda" else config.readers)
