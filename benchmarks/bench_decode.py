@@ -24,6 +24,7 @@ from sklearn.datasets import load_sample_images
 from fastlatent.media.decoders import NAMES, open_decoder
 from fastlatent.media.images import ImageError
 from fastlatent.media.transforms import open_transform
+from fastlatent.workflows.runtime import set_up
 
 SIZE, COUNT = 256, 64
 SHAPES = {"500x375": (500, 375), "2560x1708": (2560, 1708)}
@@ -40,7 +41,7 @@ CASES = [
 def prepare(case: Case) -> Iterator[harness.Prepared]:
     count = COUNT if case.sizes["jpeg"] == "500x375" else COUNT // 8
     files = jpegs(*SHAPES[str(case.sizes["jpeg"])], count)
-    torch.set_num_threads(1)
+    set_up(case.device, 1)  # as `encode` does: what the process keeps of freed memory counts here
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(case.threads))
         providers: dict[str, Callable[[], Callable[[], object]]] = {
