@@ -16,6 +16,8 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
 from fastlatent.encoders.engines.compiled import OPTIONS
+from fastlatent.media.decoders import NAMES, decoder_of
+from fastlatent.media.images import DECODE_RULE
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.store.reader import Dataset
 from fastlatent.workflows import encode_setup
@@ -417,3 +419,36 @@ def test_a_checkpoint_of_latent_diffusion(chain, shapes, tmp_path):
     moved = tmp_path / "before.ckpt"  # the same weights under another name
     again = encoded(chain, shapes, tmp_path / "d", "--dtype float32 --transform center --readers 1", moved)
     assert "0 files encoded now" in again
+
+
+def test_an_engine_that_does_not_run_leaves_nothing_and_another_can_be_asked_for(chain, images, tmp_path, monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr("fastlatent.encoders.engines.engine.compile_module", no_compiler)
+    out = tmp_path / "d"
+    failed = chain.command(f"encode {chain.encode} --engine compile --out", out, "--vae", chain.vae, images)
+    assert "no working C++ compiler" in failed.message and not out.exists()
+    chain.ok(f"encode {chain.encode} --engine eager --out", out, "--vae", chain.vae, images)
+
+
+def test_the_output_is_a_local_folder_and_not_among_the_images(chain, images, tmp_path):
+    for out, source in (("s3://bucket/x", images), (images / "d", f"file://{images}")):
+        done = chain.command(f"encode {chain.encode} --out", out, "--vae", chain.vae, source)
+        assert done.code == 1 and "--out" in done.message
+
+
+def test_auto_takes_the_decoder_that_the_dataset_was_begun_with(chain, images, tmp_path, monkeypatch):
+    out = tmp_path / "d"
+    chain.ok(f"encode {chain.encode} --out", out, "--vae", chain.vae, images)
+    monkeypatch.setattr(encode_setup, "choose_decoder", lambda *_: ("dali", "it is the best"))
+    chain.image(99).save(images / "ant" / "99.png")
+    assert (
+        "decoder pillow: as recorded" in chain.ok(f"encode {chain.encode} --out", out, "--vae", chain.vae, images).out
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_decoder_is_known_by_its_rule(name):
+    rule = DECODE_RULE if name == "pillow" else f"{DECODE_RULE} jpeg:{name}-cuda-1"
+    assert decoder_of(rule) == name

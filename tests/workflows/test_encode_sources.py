@@ -518,3 +518,13 @@ def test_columns_go_through_verify_split_merge_and_filter(chain, encoders, capti
     assert same(bees, wanted)
     for name in ("whole", "bees"):
         assert "sound" in chain.ok("verify --full", tmp_path / name).out
+
+
+def test_all_goes_on_after_a_dataset_that_fails(chain, tmp_path):
+    for name in ("a", "b", "c"):
+        trajectory(chain, tmp_path / "data" / name / "run", 2)
+    (tmp_path / "out" / "b").mkdir(parents=True)
+    (tmp_path / "out" / "b" / "mine.txt").write_text("not a dataset")
+    done = chain.command(f"encode {chain.encode} --all --out", tmp_path / "out", "--vae", chain.vae, tmp_path / "data")
+    assert done.code == 1 and "1 of 3 datasets failed" in done.err and "mine.txt" in done.err
+    assert [len(Dataset.open(tmp_path / "out" / name)) for name in ("a", "c")] == [2, 2]
