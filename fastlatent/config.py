@@ -136,7 +136,7 @@ class TrainConfig:
 class TrainVaeConfig(TrainConfig):
     """Train an AutoencoderKL (diffusers layout) on a folder of images."""
 
-    source: str = required("folder of images, as for encode", positional=True)
+    source: str = required("folder of images, local", positional=True)
     size: int = option(256, "side of the square centre crop, in pixels", minimum=1)
     channels: int = option(3, "1: grey, 3: RGB", minimum=1)
     latent_channels: int = option(4, "channels of a latent", minimum=1)

@@ -12,7 +12,7 @@ class Autoencoder(Protocol):
 
     pixel_channels: of an image, 1 or 3. downsample: pixels per latent, along each side. size_multiple: what H and W of
     the pixels must be divisible by (a multiple of `downsample`). has_posterior: whether `encode` gives mean‖logvar
-    [B, 2C, h, w], or the latent alone [B, C, h, w].
+    [B, 2C, h, w], or the latent alone [B, C, h, w]. fixed_size: the one side that its images may have, or None.
     """
 
     pixel_channels: int
@@ -20,6 +20,7 @@ class Autoencoder(Protocol):
     downsample: int
     size_multiple: int
     has_posterior: bool
+    fixed_size: int | None
 
     def encode(self, pixels: Tensor) -> Tensor:
         """float [B, channels, H, W] in [−1, 1] → float32 moments mean‖logvar [B, 2C, H/f, W/f], or latents."""

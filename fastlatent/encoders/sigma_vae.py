@@ -240,6 +240,7 @@ class SigmaVAE:
         self.latent_channels: int = config["latent_size"]
         self.downsample: int = config["patch_size"]
         self.size_multiple: int = config["img_size"]
+        self.fixed_size: int | None = config["img_size"]
 
     def _placed(self, tensor: Tensor) -> Tensor:
         like = self.network.decoder.pos_embed

@@ -35,15 +35,18 @@ class OverflowWatch:
     def encode(self, pixels: Tensor) -> Tensor:
         return self.repair(pixels, self._encode(pixels))
 
-    def repair(self, pixels: Tensor, encoded: Tensor) -> Tensor:
-        """`encoded`, what `pixels` were encoded to, with its non-finite rows replaced; on the device of `encoded`."""
+    def repair(self, pixels: Tensor, encoded: Tensor, count: int | None = None) -> Tensor:
+        """`encoded`, what `pixels` were encoded to, with its non-finite rows replaced; on the device of `encoded`.
+
+        count: how many rows are images; what follows them is padding, and is not counted in `retried`.
+        """
         if not self._half:
             return encoded
         finite = encoded.flatten(1).isfinite().all(1)
         if finite.all():
             return encoded
         self._full = self._full or self._vae.upcast()
-        self.retried += int((~finite).sum())
+        self.retried += int((~finite[:count]).sum())
         again = self._full.encode(pixels).to(encoded.device)
         return torch.where(finite.reshape(-1, *[1] * (encoded.ndim - 1)), encoded, again)
 

@@ -17,7 +17,15 @@ class NvImageCodecJpegs:
         self.decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY if index is None else index,
             max_num_cpu_threads=threads,
-            backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)] if index is None else None,
+            # Not the hardware engine, which takes some files of a batch by their place in it; no CPU in a GPU's name.
+            backends=[
+                nvimgcodec.Backend(kind)
+                for kind in (
+                    (nvimgcodec.BackendKind.CPU_ONLY,)
+                    if index is None
+                    else (nvimgcodec.BackendKind.GPU_ONLY, nvimgcodec.BackendKind.HYBRID_CPU_GPU)
+                )
+            ],
             options=":fancy_upsampling=1",  # chroma as libjpeg-turbo, and with it Pillow, enlarges it
         )
         self.params = nvimgcodec.DecodeParams(

@@ -151,7 +151,7 @@ def open_transform(name: str, size: int, *, seed: int = 0, multiple: int = 8) ->
         raise ValueError(f"open_transform: expected one of {', '.join(NAMES)}, got {name!r}")
     if size < 1 or size % multiple:
         raise ValueError(
-            f"open_transform: expected a size that is a multiple of {multiple} pixels, as the autoencoder needs it, "
+            f"--size: expected one that is a multiple of {multiple} pixels, as the autoencoder needs it, "
             f"got {size}; the nearest is {max(1, round(size / multiple)) * multiple}"
         )
     if not 0 <= seed < 2**64:

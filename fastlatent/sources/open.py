@@ -24,6 +24,13 @@ KINDS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
 }
 
 
+# What the command line calls the options.
+FLAGS = {
+    "split": "--split", "names": "--trajectories", "captions": "--captions", "conditions": "--condition-spec",
+    "root": "--manifest-root",
+}  # fmt: skip
+
+
 def open_source(
     source: str | os.PathLike[str],
     *,
@@ -55,8 +62,8 @@ def open_source(
         if name not in known:
             users = ", ".join(one for one, (_, options_of) in KINDS.items() if name in options_of)
             raise ValueError(
-                f"{name} {given[name]!r} means nothing for {os.fsdecode(source)!r}, which is of kind {chosen}; "
-                f"it is for {users}. Leave it out, or give the kind if {chosen} is wrong"
+                f"{FLAGS[name]} {given[name]!r} means nothing for {os.fsdecode(source)!r}, which is of kind {chosen}; "
+                f"it is for {users}. Leave it out, or say --kind if {chosen} is wrong"
             )
     return scan(source, **given)
 

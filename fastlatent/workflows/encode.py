@@ -20,7 +20,7 @@ from fastlatent.workflows.encode_plan import open_writer, plan, preflight, try_e
 from fastlatent.workflows.encode_ray import require_ray, run_units
 from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
 from fastlatent.workflows.encode_work import Work, check_errors
-from fastlatent.workflows.runtime import keep_config, refuse_output_in_source
+from fastlatent.workflows.runtime import absolute_paths, keep_config, refuse_output_in_source
 
 STORE_FOLDERS = (
     "shards", "manifest", "index", "statistics", "quarantine", "generation", "plan", "journal", "lease", "damaged",
@@ -62,7 +62,7 @@ def encode(config: EncodeConfig) -> EncodeReport | list[EncodeReport]:
         one = replace(config, source=path, out=str(Path(config.out) / name), all=False, kind="trajectories")
         try:
             reports.append(encode_one(one))
-        except ValueError as error:  # the others do not wait for it
+        except (ValueError, OSError) as error:  # the others do not wait for it
             failed.append(f"{name}: {error}")
             print(failed[-1])
     if failed:
@@ -79,6 +79,7 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
     if config.cluster == "ray":
         require_ray()
     setup = set_up_encode(config)
+    _check_beside(setup)
     if (done := finished(setup)) is not None:
         info = published(done)
         report = EncodeReport(
@@ -90,7 +91,7 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
         return report
     try_engine(setup)
     with open_writer(setup) as writer:
-        keep_config(out / "encode.yaml", setup.config)
+        keep_config(out / "encode.yaml", absolute_paths(setup.config))
         for line in setup.reasons:
             print(line)
         _copy_beside(setup, out)
@@ -140,18 +141,19 @@ def _quarantined(dataset: Dataset) -> dict[str, str]:
     return {one.key: one.reason for one in dataset.quarantined}
 
 
+def _check_beside(setup: EncodeSetup) -> None:
+    """Raise ValueError where --copy-pkl cannot be done."""
+    if setup.config.copy_pkl and not setup.source.beside:
+        raise ValueError("--copy-pkl: expected trajectories, got a source without traj_data.pkl")
+    names = {name.split("/")[0] for name in setup.source.beside if setup.config.copy_pkl}
+    if taken := sorted(names & set(STORE_FOLDERS)):
+        raise ValueError(f"--copy-pkl: a trajectory cannot be called {taken[0]!r}: the dataset has a folder of it")
+
+
 def _copy_beside(setup: EncodeSetup, out: Path) -> None:
     """--copy-pkl: the source's own files beside the dataset, where a loader of the source's tree looks for them."""
-    if not setup.config.copy_pkl:
-        return
-    if not setup.source.beside:
-        raise ValueError("--copy-pkl: expected trajectories, got a source without traj_data.pkl")
-    for name, read in setup.source.beside.items():
+    for name, read in setup.source.beside.items() if setup.config.copy_pkl else ():
         data, target = read(), out / name
-        if name.split("/")[0] in STORE_FOLDERS:
-            raise ValueError(
-                f"--copy-pkl: a trajectory cannot be called {name.split('/')[0]!r}: the dataset has a folder of it"
-            )
         if not target.exists() or target.read_bytes() != data:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(target, data)
@@ -163,14 +165,17 @@ def _print(setup: EncodeSetup, report: EncodeReport) -> None:
         f"{report.encoded:,} files encoded now"
     )
     if report.retried:
-        print(f"{report.retried:,} images overflowed in {setup.config.compute_dtype} and were encoded in float32")
+        print(
+            f"{report.retried:,} images (mirror images counted) overflowed in {setup.config.compute_dtype} and were "
+            "encoded in float32"
+        )
     if setup.text is not None and setup.text.truncated:
         print(f"{setup.text.truncated:,} captions were longer than {setup.text.max_length} tokens and were cut")
     ignored = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in sorted(setup.source.ignored.items()))
     if ignored:
         print(f"not looked at, by suffix: {ignored}")
     for what, listed in (
-        ("could not be decoded", report.quarantined),
+        ("could not be used", report.quarantined),
         ("could not be read", report.unreadable),
     ):
         if listed:

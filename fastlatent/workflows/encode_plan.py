@@ -24,6 +24,7 @@ MAX_UNIT_BYTES = 256 * 2**20  # a unit's rows are assembled in memory; one more 
 
 
 def open_writer(setup: EncodeSetup) -> DatasetWriter:
+    """A writer of the dataset; see DatasetWriter.open for what it refuses."""
     config = setup.config
     largest = max(math.prod(bucket) for bucket in setup.schema.buckets) * STORED[config.dtype].itemsize
     if setup.text is not None:
@@ -54,13 +55,14 @@ def try_engine(setup: EncodeSetup) -> None:
 
 
 def plan(setup: EncodeSetup, writer: DatasetWriter, on_scan: Callable[[int, int], None] | None = None) -> list[Unit]:
+    """The units that are to be done."""
     return writer.plan(setup.entries(), on_scan, examine=setup.examine)
 
 
 def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
     """Print what is to be done: images, bytes, space, time; refuse what does not fit.
 
-    The bytes are exact if no file is left out and no further tensor is ragged (those count as empty).
+    The bytes are exact if no file is left out; embeddings of T5, whose lengths are not known yet, count as the longest.
 
     Raises:
         ValueError: the disk has less room than the shards will take.
@@ -70,6 +72,9 @@ def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
         return
     config, out = setup.config, Path(setup.config.out)
     needed = sum(shard_bytes(setup.provenance()["hashed"], unit, _empty(setup, unit), setup.schema) for unit in units)
+    ragged = setup.text is not None and setup.text.columns[0].ragged
+    if setup.text is not None and ragged:
+        needed += 2 * count * setup.text.max_length * math.prod(setup.text.columns[0].shape[1:])
     free = shutil.disk_usage(out).free
     sample = units[0].items[: max(4, setup.reading[0])]  # they are read again afterwards
     begin = time.monotonic()
@@ -77,8 +82,10 @@ def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
     reading = (time.monotonic() - begin) / len(sample) / (1 if setup.device.type == "cuda" else config.readers)
     del pictures
     seconds = count * max(reading, _encoding_seconds(setup, units[0]) * units[0].bucket[0])
+    most = "at most " if ragged else ""
     print(
-        f"{count:,} images to encode in {len(units):,} shards of {needed:,} bytes ({needed / 2**20:,.1f} MiB), "
+        f"{count:,} images to encode in {len(units):,} shards of {most}{needed:,} bytes "
+        f"({needed / 2**20:,.1f} MiB), "
         f"{free / 2**30:,.1f} GiB free, about {duration(seconds)} with one process",
         flush=True,
     )
@@ -99,6 +106,12 @@ def _encoding_seconds(setup: EncodeSetup, unit: Unit) -> float:
     return (time.monotonic() - begin) / size
 
 
+def _caption(setup: EncodeSetup, key: str) -> str:
+    item = setup.item(key)
+    assert item is not None
+    return item.attached["caption"]
+
+
 def _empty(setup: EncodeSetup, unit: Unit) -> Rows:
     """Rows of the unit's shapes and dtypes, of no contents and, until someone touches it, of no memory."""
     count, dtype = len(unit.items), STORED[setup.config.dtype]
@@ -106,7 +119,10 @@ def _empty(setup: EncodeSetup, unit: Unit) -> Rows:
     extras: dict[str, Values] = {}
     for one in setup.schema.extras:
         kind = DTYPES[one.dtype]
-        extras[one.name] = (
-            [np.empty((0, *one.shape[1:]), kind)] * count if one.ragged else np.empty((count, *one.shape), kind)
-        )
+        if not one.ragged:
+            extras[one.name] = np.empty((count, *one.shape), kind)
+        elif one.name == "caption":
+            extras[one.name] = [np.empty(len(_caption(setup, item.key).encode()), kind) for item in unit.items]
+        else:
+            extras[one.name] = [np.empty((0, *one.shape[1:]), kind)] * count
     return Rows([item.key for item in unit.items], np.empty((count, *unit.bucket), dtype), None, None, scale, extras)

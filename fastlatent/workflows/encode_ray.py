@@ -6,8 +6,6 @@ import importlib
 import logging
 import os
 import uuid
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from fastlatent.config import EncodeConfig
@@ -17,6 +15,7 @@ from fastlatent.store.writer import DatasetWriter
 from fastlatent.workflows.encode_plan import open_writer, plan
 from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
 from fastlatent.workflows.encode_work import Work
+from fastlatent.workflows.runtime import absolute_paths
 
 RETRIES = 3  # of a task whose process or machine died; what it had not committed is done again
 _open: dict[str, tuple[DatasetWriter, Work]] = {}  # in a Ray worker, which runs many tasks: of its newest `run_units`
@@ -31,7 +30,7 @@ def run_units(setup: EncodeSetup, units: list[Unit]) -> int:
         ValueError: no node is large enough; what a task raised.
     """
     ray = require_ray()
-    config = _absolute(setup.config)
+    config = absolute_paths(setup.config)  # workers have a working folder of their own
     ours = not ray.is_initialized()
     if ours:
         address = os.environ.get("RAY_ADDRESS")
@@ -90,13 +89,3 @@ def _run_unit(call: str, config: EncodeConfig, unit: str) -> int:
     before = work.encoded
     work.run(0, only=unit)
     return work.encoded - before
-
-
-def _absolute(config: EncodeConfig) -> EncodeConfig:
-    """Workers have a working folder of their own."""
-    names = ("source", "vae", "out", "trajectories", "manifest_root", "text_encoder")
-    paths = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    absolute: dict[str, Any] = {
-        name: path if "://" in path else str(Path(path).resolve()) for name, path in paths.items()
-    }
-    return replace(config, **absolute)

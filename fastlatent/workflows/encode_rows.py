@@ -136,6 +136,7 @@ class RowMaker:
         self._scale = np.empty((len(unit.items), *bucket[:2]), np.float32) if config.dtype == "int8" else None
 
     def add(self, picture: Picture) -> None:
+        """The unit's next file; a batch is encoded whenever one is full."""
         if picture.error is not None:
             item, error = picture.item, picture.error
             self._bad.append(Quarantined(item.key, item.digest, str(error), type(error).__name__))
@@ -146,6 +147,7 @@ class RowMaker:
             self._launch()
 
     def finish(self) -> tuple[Rows, list[Quarantined]]:
+        """The unit's rows, and the files that gave none."""
         if self._waiting:
             self._launch()
         while self._running:
@@ -191,7 +193,9 @@ class RowMaker:
             self._meter.add("encode", run.begun.elapsed_time(run.done) / 1e3)
         stored = run.stored
         if not run.finite.all():
-            moments = [self._watch.repair(view, part) for view, part in zip(run.views, run.moments, strict=True)]
+            moments = [
+                self._watch.repair(view, part, run.count) for view, part in zip(run.views, run.moments, strict=True)
+            ]
             stored = self._cast(self._rows(moments, run.count)).cpu()
         where = slice(run.begin, run.begin + run.count)
         if self._scale is not None:
@@ -221,14 +225,16 @@ class RowMaker:
                 kind = {"F32": np.float32, "F64": np.float64, "I64": np.int64}[column.dtype]
                 columns[column.name] = np.array(values, kind).reshape(len(keys), *column.shape)
         if setup.text is not None and keys:
-            columns |= _embeddings(setup.text, [one["caption"] for one in attached])
+            with self._meter.busy("encode"):
+                columns |= _embeddings(setup.text, [one["caption"] for one in attached], self._check)
         return columns
 
 
-def _embeddings(text: TextEncoder, captions: list[str]) -> dict[str, Values]:
+def _embeddings(text: TextEncoder, captions: list[str], check: Callable[[], None]) -> dict[str, Values]:
     """The encoder's columns. Cast batch by batch: in float32 a caption of T5-XXL takes 4 MiB."""
     tokens, pooled = [], []
     for begin in range(0, len(captions), BATCH_SIZE):
+        check()
         for one in text.encode(captions[begin : begin + BATCH_SIZE]):
             tokens.append(one.tokens.numpy().astype(np.float16))
             if one.pooled is not None:

@@ -236,6 +236,10 @@ def set_up_encode(config: EncodeConfig) -> EncodeSetup:
     vae = load_autoencoder(config.vae, device, DTYPES[config.compute_dtype])
     if config.payload == "moments" and not vae.has_posterior:
         raise ValueError(f"--payload moments: {config.vae} gives latents without a posterior; say --payload latents")
+    if vae.fixed_size and (config.size != vae.fixed_size or config.transform == "buckets"):
+        raise ValueError(
+            f"--size {config.size}: this autoencoder takes images of {vae.fixed_size}×{vae.fixed_size} only"
+        )
     transform = open_transform(config.transform, config.size, seed=config.seed, multiple=vae.size_multiple)
     if len(transform.shapes) > 1 and source.items[0].group:
         raise ValueError("--transform buckets: expected images without groups; frames of a trajectory have one shape")

@@ -66,8 +66,9 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
                 items[i] = PlannedItem(item.key, item.place, digest, item.size, item.stamp)
     if not items:
         raise ValueError(f"--source {source}: expected files as they were encoded, got 0 of {len(chosen)} unchanged")
-    here = now["informational"]["environment"]
+    here = _computing(now["informational"]["environment"])
     written = {i: dataset.shards[dataset.shard[i]].environment or recorded.get("environment") for i in items}
+    written = {i: _computing(environment) for i, environment in written.items()}
     exact = {i for i in items if not other and written[i] == here}
     findings = []
     watch, meter = OverflowWatch(setup.vae, DTYPES[setup.config.compute_dtype]), Meter({"encode": 1})
@@ -91,6 +92,11 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
     how = " or ".join(way for way, samples in ways.items() if samples)
     skipped = f", {len(chosen) - len(items)} skipped: their files changed" if len(items) < len(chosen) else ""
     return findings, f", {len(items)} encoded again and compared {how}{skipped}"
+
+
+def _computing(environment: dict[str, str] | None) -> dict[str, str] | None:
+    """Without what made the captions' embeddings only."""
+    return environment and {name: value for name, value in environment.items() if name != "transformers"}
 
 
 def _settings(dataset: Dataset, vae: str, source: str, device: str) -> EncodeConfig:

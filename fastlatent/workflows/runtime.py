@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlatent.config import to_yaml
+from fastlatent.config import EncodeConfig, to_yaml
 from fastlatent.store.files import write_atomic
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -76,6 +77,16 @@ def refuse_output_in_source(out: str, source: str) -> None:
     local = source.removeprefix("file://").removeprefix("local://")
     if Path(out).resolve().is_relative_to(Path(local).resolve()):
         raise ValueError(f"--out {out} lies inside the source {source}: the next scan would take it for a class")
+
+
+def absolute_paths(config: EncodeConfig) -> EncodeConfig:
+    """The same settings for a process with another working folder."""
+    names = ("source", "vae", "out", "trajectories", "manifest_root", "text_encoder")
+    paths = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    absolute: dict[str, Any] = {
+        name: path if "://" in path else str(Path(path).resolve()) for name, path in paths.items()
+    }
+    return replace(config, **absolute)
 
 
 def available_cores() -> int:

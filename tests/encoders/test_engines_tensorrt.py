@@ -125,7 +125,7 @@ def test_onnx_is_missing(monkeypatch, package):
 
 def test_tensorrt_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(ValueError, match=r"pip install 'fastlatent\[tensorrt\]'.*or use --engine compile"):
+    with pytest.raises(ValueError, match=r"pip install tensorrt-cu13 'fastlatent\[onnx\]'.*or use --engine compile"):
         import_tensorrt()
 
 

@@ -114,7 +114,7 @@ def test_neighbours_of_a_bad_file_are_still_the_codecs(monkeypatch):
     # What becomes of a file must not depend on its batch: on a GPU the codec's pixels are not Pillow's.
     decoder = opened("dali")
     read = []
-    monkeypatch.setattr(decoder.pool, "_read", lambda data: read.append(data) or ImageError("bad"))
+    monkeypatch.setattr(decoder.pool, "read", lambda data: read.append(data) or ImageError("bad"))
     results = decoder.decode([JPEG, broken_jpeg(), JPEG])
     assert read == [broken_jpeg()]
     assert [isinstance(result, ImageError) for result in results] == [False, True, False]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastlatent.sources.open import KINDS, kind_of, open_source
+from fastlatent.sources.open import FLAGS, KINDS, kind_of, open_source
 
 IMAGE = b"\x89PNG"
 
@@ -149,7 +149,7 @@ GIVEN = {"split": "train", "names": "names.txt", "captions": "txt", "conditions"
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_option_that_means_nothing(tmp_path, kind):
     for name in GIVEN.keys() - set(KINDS[kind][1]):
-        with pytest.raises(ValueError, match=f"{name} .* means nothing for .*of kind {kind}; it is for "):
+        with pytest.raises(ValueError, match=f"{FLAGS[name]} .* means nothing for .*of kind {kind}; it is for "):
             open_source(tmp_path, kind=kind, **{name: GIVEN[name]})
 
 

@@ -39,7 +39,7 @@ def test_bad_files_are_left_out_and_listed(chain, images, tmp_path):
     (images / "bee" / "text.png").write_text("this is no picture")
     done = encode(chain, images, tmp_path / "d")
     assert done.code == 0
-    assert "3 files could not be decoded and are not in the dataset:" in done.out
+    assert "3 files could not be used and are not in the dataset:" in done.out
     assert "'ant/empty.png': empty file" in done.out
     dataset = Dataset.open(tmp_path / "d")
     assert len(dataset) == 8
@@ -48,7 +48,7 @@ def test_bad_files_are_left_out_and_listed(chain, images, tmp_path):
     # They are not tried again, and do not disturb anything that comes later.
     again = encode(chain, images, tmp_path / "d")
     assert "0 files encoded now" in again.out
-    assert "3 files could not be decoded" in again.out
+    assert "3 files could not be used" in again.out
     (images / "ant" / "cut.png").write_bytes(good)  # repaired
     assert "1 files encoded now" in encode(chain, images, tmp_path / "d").out
     assert len(Dataset.open(tmp_path / "d")) == 9
@@ -165,7 +165,7 @@ def test_output_inside_the_source(chain, images, command):
 
 def test_sizes_that_do_not_fit(chain, tmp_path):
     message = encode(chain, chain.images, tmp_path / "o", "--size 9").message
-    assert "expected a size that is a multiple of 2 pixels, as the autoencoder needs it, got 9" in message
+    assert "expected one that is a multiple of 2 pixels, as the autoencoder needs it, got 9" in message
     assert "--size 9: 2 levels in --block-out-channels need" in train_vae(chain, tmp_path / "o", "--size 9").message
     assert "--channels: expected 1 (grey) or 3" in train_vae(chain, tmp_path / "o", "--channels 2").message
     assert "--norm-groups 3 must divide" in train_vae(chain, tmp_path / "o", "--norm-groups 3").message

@@ -72,8 +72,8 @@ def listed(out: str, what: str) -> dict[str, str]:
 
 def test_the_summary_lists_exactly_the_faults(corpus, encoded):
     out, dataset = encoded
-    assert f"\n{len(corpus.bad)} files could not be decoded and" in out
-    decoded = listed(out, "decoded")
+    assert f"\n{len(corpus.bad)} files could not be used and" in out
+    decoded = listed(out, "used")
     assert decoded.keys() == corpus.bad.keys()
     for key, pattern in corpus.bad.items():
         assert re.search(pattern, decoded[key]), (key, decoded[key])
@@ -205,7 +205,7 @@ def test_other_decoders_on_the_cpu_give_the_same_bytes(chain, corpus, encoded, t
     dataset = Dataset.open(tmp_path / "d")
     found, wanted = moments_of(dataset), moments_of(first)
     assert {key: data.tobytes() for key, data in found.items()} == {key: data.tobytes() for key, data in wanted.items()}
-    assert listed(done.out, "decoded") == listed(out, "decoded")
+    assert listed(done.out, "used") == listed(out, "used")
     assert listed(done.out, "read") == listed(out, "read")
     # Not the same dataset for all that: a run on a GPU could not promise the bytes.
     assert dataset.fingerprint != first.fingerprint

@@ -290,7 +290,7 @@ def test_images_that_overflow_in_float16_are_encoded_again(chain, overflowing, t
     many = sum(overflows.values())
     assert 0 < many < 8
     out = encoded(chain, chain.images, tmp_path / "half", "--dtype float32 --compute-dtype float16", vae)
-    assert f"\n{many} images overflowed in float16 and were encoded in float32\n" in out
+    assert f"\n{many} images (mirror images counted) overflowed in float16 and were encoded in float32\n" in out
     assert "overflowed" not in encoded(chain, chain.images, tmp_path / "full", "--dtype float32", vae)
     half, full = rows_of(tmp_path / "half"), rows_of(tmp_path / "full")
     assert half.keys() == full.keys() == overflows.keys()
@@ -402,7 +402,7 @@ def test_a_checkpoint_of_latent_diffusion(chain, shapes, tmp_path):
     file = tmp_path / "kl16.ckpt"
     torch.save({"model": {name: tensor.float() for name, tensor in weights.items()}}, file)
     message = encode(chain, shapes, tmp_path / "d", "--size 10", file).message
-    assert "expected a size that is a multiple of 4 pixels" in message and "got 10" in message
+    assert "expected one that is a multiple of 4 pixels" in message and "got 10" in message
     encoded(chain, shapes, tmp_path / "d", "--dtype float32 --transform center", file)
     rows = rows_of(tmp_path / "d")
     for key in rows:

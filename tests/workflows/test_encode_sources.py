@@ -145,7 +145,7 @@ def test_a_trajectory_that_is_called_like_a_folder_of_the_dataset(chain, tmp_pat
         message = encode(chain, tmp_path / name, tmp_path / "e", "--copy-pkl").message
         assert f"--copy-pkl: a trajectory cannot be called '{name}'" in message
         shutil.rmtree(tmp_path / "d")
-        shutil.rmtree(tmp_path / "e")
+        assert not (tmp_path / "e").exists()  # refused before a byte is written
 
 
 def test_the_preflight_of_each_dataset_says_how_many_bytes_are_written(w0):

@@ -70,8 +70,9 @@ def import_tensorrt() -> Any:
         return importlib.import_module("tensorrt")
     except (ImportError, OSError) as error:  # OSError: its shared libraries are not where it looks
         raise ValueError(
-            f"--engine tensorrt: TensorRT does not import ({error}); pip install 'fastlatent[tensorrt]' with access to "
-            "NVIDIA's package index, which holds its libraries, or use --engine compile"
+            f"--engine tensorrt: TensorRT does not import ({error}); pip install tensorrt-cu13 "
+            "'fastlatent[onnx]' with access to NVIDIA's package index, which holds its libraries, "
+            "or use --engine compile"
         ) from None
 
 
