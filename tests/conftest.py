@@ -7,6 +7,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+try:
+    from hypothesis import HealthCheck, settings
+except ModuleNotFoundError:  # on a GPU machine without it the files that need it are left out
+    pass
+else:
+    # A fresh checkout builds hypothesis's table of Unicode at the first text: 1.7 s, which it takes for a slow test.
+    settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("ours")
+
 REQUIRE_CUDA = os.environ.get("FASTLATENT_REQUIRE_CUDA") == "1"
 
 

@@ -253,6 +253,7 @@ def test_build(tool, tmp_path, monkeypatch, codes, how):
     assert ("PYTHONPATH" in env) == (how is not None and "target" in how)
 
 
+@pytest.mark.soak  # it takes long: see `make soak`
 def test_the_real_queue_prints():
     """One process: every benchmark of this checkout announces itself."""
     command = [sys.executable, ROOT / "tools" / "gpu_validate", "--budget", "1", "--dry-run", "--allow-cpu"]

@@ -349,6 +349,7 @@ def check_engine(chain, source, out, monkeypatch, more, vae, engine):
     assert {path: path.stat().st_mtime_ns for path in packages} == packages  # compiled once
 
 
+@pytest.mark.soak  # it takes long: see `make soak`
 def test_an_engine_compiled_ahead_of_time(chain, shapes, tmp_path, monkeypatch):
     # The smallest autoencoder, which compiles in a third of the time.
     torch.manual_seed(0)
