@@ -61,8 +61,8 @@ class JpegCodec(Protocol):
     def close(self) -> None: ...
 
 
-def choose_decoder(device: str, channels: int) -> tuple[str, str]:
-    """What `--decoder auto` means on a device ("cpu" or "cuda"), and why: (name, reason); any channels."""
+def choose_decoder(device: str) -> tuple[str, str]:
+    """What `--decoder auto` means on a device ("cpu" or "cuda"), and why: (name, reason)."""
     if not device.startswith("cuda"):
         return "pillow", "no GPU is used"
     reasons = []

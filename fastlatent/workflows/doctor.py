@@ -80,7 +80,7 @@ def _encode_paths(device: str) -> list[str]:
     from fastlatent.encoders.engines.choose import COMPILE_FROM, choose_engine
     from fastlatent.media.decoders import choose_decoder
 
-    decoder, why = choose_decoder(device, 3)
+    decoder, why = choose_decoder(device)
     shapes = ((256, 256),)
     engine, batch, _ = choose_engine(torch.device(device), COMPILE_FROM, shapes)
     many, _, _ = choose_engine(torch.device(device), COMPILE_FROM + 1, shapes)

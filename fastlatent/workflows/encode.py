@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,11 +75,15 @@ def encode(config: EncodeConfig) -> EncodeReport | list[EncodeReport]:
 
 def encode_one(config: EncodeConfig) -> EncodeReport:
     """`encode` of one dataset."""
-    out = Path(config.out)
     refuse_output_in_source(config.out, config.source)
     if config.cluster == "ray":
         require_ray()
-    setup = set_up_encode(config)
+    with closing(set_up_encode(config)) as setup:
+        return _encode(setup)
+
+
+def _encode(setup: EncodeSetup) -> EncodeReport:
+    config, out = setup.config, Path(setup.config.out)
     _check_beside(setup)
     if (done := finished(setup)) is not None:
         info = published(done)
@@ -91,7 +96,7 @@ def encode_one(config: EncodeConfig) -> EncodeReport:
         return report
     try_engine(setup)
     with open_writer(setup) as writer:
-        keep_config(out / "encode.yaml", absolute_paths(setup.config))
+        keep_config(out / "encode.yaml", absolute_paths(config))
         for line in setup.reasons:
             print(line)
         _copy_beside(setup, out)

@@ -71,7 +71,8 @@ def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
     if not count:
         return
     config, out = setup.config, Path(setup.config.out)
-    needed = sum(shard_bytes(setup.provenance()["hashed"], unit, _empty(setup, unit), setup.schema) for unit in units)
+    hashed = setup.provenance()["hashed"]
+    needed = sum(shard_bytes(hashed, unit, _empty(setup, unit), setup.schema) for unit in units)
     ragged = setup.text is not None and setup.text.columns[0].ragged
     if setup.text is not None and ragged:
         needed += 2 * count * setup.text.max_length * math.prod(setup.text.columns[0].shape[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import torch
 from PIL import __version__ as pillow_version
 
 from fastlatent import __version__
-from fastlatent.config import EncodeConfig
+from fastlatent.config import EncodeConfig, read_yaml
 from fastlatent.encoders.engines.choose import choose_engine
 from fastlatent.encoders.engines.compiled import machine
 from fastlatent.encoders.engines.engine import Engine, engine_settings, open_engine
@@ -159,13 +160,16 @@ class EncodeSetup:
                 time.sleep(pause)
         raise ValueError(f"{item.place} could not be read, {len(RETRY_SECONDS)} times: {reason}")
 
-    def latent_shape(self, pixels: tuple[int, int]) -> tuple[int, ...]:
-        """Of a row: [F, 2C or C, h, w]."""
-        return _latent_shape(self.config, self.vae, pixels)
-
     def pixel_shape(self, row: tuple[int, ...]) -> tuple[int, int]:
-        """The inverse: height and width of the pixels that a row is made of."""
+        """Height and width of the pixels that a row [F, 2C or C, h, w] is made of."""
         return row[-2] * self.vae.downsample, row[-1] * self.vae.downsample
+
+    def close(self) -> None:
+        """End the threads, and free what engine and decoder hold."""
+        self.readers.shutdown()
+        self.decoder.close()
+        if "engine" in self.__dict__:
+            self.engine.close()
 
     def provenance(self) -> dict[str, Any]:
         """What changes the bytes of a dataset (hashed), and what helps to understand it (informational)."""
@@ -229,7 +233,8 @@ def set_up_encode(config: EncodeConfig) -> EncodeSetup:
                 f"{key}: {why}" for key, why in list(source.left_out.items())[:3]
             )
         )  # fmt: skip
-    recorded: dict[str, Any] = _recorded(Path(config.out)).get("engine", {})
+    made = _recorded(Path(config.out))
+    recorded: dict[str, Any] = made.get("engine", {})
     threads = config.threads or recorded.get("threads", 0) or available_cores()
     device = set_up(config.device, threads)
     fix_numerics()
@@ -248,9 +253,8 @@ def set_up_encode(config: EncodeConfig) -> EncodeSetup:
         reasons.append(warning)
     name = config.decoder
     if name == "auto":
-        name, why = choose_decoder(device.type, vae.pixel_channels)
-        if rule := _recorded(Path(config.out)).get("decode"):
-            name, why = decoder_of(rule), "as recorded"
+        rule = made.get("decode")
+        name, why = (decoder_of(rule), "as recorded") if rule else choose_decoder(device.type)
         reasons.append(f"decoder {name}: {why}")
     decoder = open_decoder(
         name, channels=vae.pixel_channels, device=str(device), threads=config.readers,
@@ -283,6 +287,13 @@ def set_up_encode(config: EncodeConfig) -> EncodeSetup:
 def _recorded(out: Path) -> dict[str, Any]:
     """What decides the bytes of the unfinished or finished dataset at `out`, {} if there is none."""
     return read_provenance(out)["hashed"] if (out / PROVENANCE).exists() else {}
+
+
+def kept_settings(dataset: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Those of `names` that a dataset's encode kept in encode.yaml, as text; none where merge or split made it."""
+    kept = dataset / "encode.yaml"
+    values = read_yaml(str(kept)) if kept.exists() else {}
+    return {name: values[name] for name in names if name in values}
 
 
 def parse_range(text: str) -> tuple[float, float]:

@@ -144,8 +144,8 @@ class Work:
 
 def check_errors(setup: EncodeSetup, quarantined: int) -> None:
     """Raise ValueError where more files than --max-errors cannot be used."""
-    limit, found = setup.config.max_errors, quarantined + len(setup.left_out)
-    if limit is not None and found > limit:
+    limit = setup.config.max_errors
+    if limit is not None and (found := quarantined + len(setup.left_out)) > limit:
         raise ValueError(
             f"--max-errors {limit}: {found} files cannot be used; what is finished stays, and the same command with a "
             "higher limit goes on"

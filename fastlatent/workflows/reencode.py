@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastlatent.config import EncodeConfig, VerifyConfig, build, read_yaml
+from fastlatent.config import EncodeConfig, VerifyConfig, build
 from fastlatent.encoders.watch import OverflowWatch
 from fastlatent.media.transforms import transform_name
 from fastlatent.pipeline.interrupt import StopRequest
@@ -25,7 +24,7 @@ from fastlatent.store.rows import Rows
 from fastlatent.store.statistics import to_float64
 from fastlatent.store.verify import Finding
 from fastlatent.workflows.encode_rows import RowMaker, read_pictures
-from fastlatent.workflows.encode_setup import set_up_encode
+from fastlatent.workflows.encode_setup import kept_settings, set_up_encode
 from fastlatent.workflows.runtime import DTYPES
 
 # How the source was read; what decides bytes beyond that is in the provenance.
@@ -79,9 +78,9 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
                 continue
             unit = Unit.of(dataset.fingerprint, bucket.shape, tuple(items[i] for i in samples))
             maker = RowMaker(setup, watch, unit, meter, stop.check, lambda files, bad: progress.advance(files))
-            with ThreadPoolExecutor(setup.config.readers, thread_name_prefix="decode") as pool:
-                for pictures in pool.map(functools.partial(read_pictures, setup, unit), ([one] for one in unit.items)):
-                    maker.add(pictures[0])
+            read = functools.partial(read_pictures, setup, unit)
+            for pictures in setup.readers.map(read, ([one] for one in unit.items)):
+                maker.add(pictures[0])
             rows, _ = maker.finish()
             number_of = {key: k for k, key in enumerate(rows.keys)}
             for i in samples:
@@ -104,9 +103,7 @@ def _settings(dataset: Dataset, vae: str, source: str, device: str) -> EncodeCon
 
     A dataset that was made of others (merge, split, filter) has no encode.yaml: then the source must tell by itself.
     """
-    kept = dataset.path / "encode.yaml"
-    values = read_yaml(str(kept)) if kept.exists() else {}
-    how = {name: values[name] for name in SOURCE_SETTINGS if name in values}
+    how = kept_settings(dataset.path, SOURCE_SETTINGS)
     hashed, what = dataset.provenance["hashed"], f"{dataset.path}: not written by `fastlatent encode`"
     engine: dict[str, Any] = member(hashed, "engine", dict, what)
     transform: dict[str, Any] = member(hashed, "transform", dict, what)

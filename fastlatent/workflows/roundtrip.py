@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlatent.config import EncodeConfig, RoundtripConfig, build, read_yaml
+from fastlatent.config import EncodeConfig, RoundtripConfig, build
 from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.protocol import Autoencoder
 from fastlatent.evaluation.reconstruction import WINDOW, psnr, ssim
@@ -19,7 +19,7 @@ from fastlatent.media.sheets import save_sheet
 from fastlatent.media.transforms import Transform, open_transform, transform_name
 from fastlatent.sources.open import open_source
 from fastlatent.store.reader import PROVENANCE, Dataset
-from fastlatent.workflows.encode_setup import parse_range
+from fastlatent.workflows.encode_setup import kept_settings, parse_range
 from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
 
 
@@ -91,10 +91,7 @@ def _choose_of_dataset(dataset: Dataset, draw: np.random.Generator) -> _Choice:
     place = recorded.get("source")
     if place is None or not ("://" in place or Path(place).exists()):
         raise ValueError(f"{dataset.path}: its source {place} is not there; name an image or a folder of images")
-    # How the source was read; what merge, split and filter make has no such file, and then the source tells by itself.
-    kept = dataset.path / "encode.yaml"
-    values = read_yaml(str(kept)) if kept.exists() else {}
-    how: dict[str, Any] = {name: values[name] for name in ("kind", "manifest_root") if name in values}
+    how = kept_settings(dataset.path, ("kind", "manifest_root"))
     made = {"source": place, "vae": str(recorded.get("vae_path")), "out": str(dataset.path)}
     settings: EncodeConfig = build(EncodeConfig, how, made)
     source = open_source(place, kind=settings.kind, root=settings.manifest_root)

@@ -164,12 +164,12 @@ def test_a_codec_that_refuses_everything_is_refused(monkeypatch):
 
 
 def test_auto_is_a_visible_rule(monkeypatch):
-    assert choose_decoder("cpu", 3) == ("pillow", "no GPU is used")
+    assert choose_decoder("cpu") == ("pillow", "no GPU is used")
     missing = {name: importlib.util.find_spec("nvidia") is None for name in PACKAGES}
     for gone, wanted in (((), "dali"), (("dali",), "nvimagecodec"), (("dali", "nvimagecodec"), "pillow")):
         for package in gone:
             monkeypatch.setitem(sys.modules, f"fastlatent.media.{package}_decoder", None)
-        chosen, reason = choose_decoder("cuda", 3)
+        chosen, reason = choose_decoder("cuda")
         if not any(missing.values()):
             assert chosen == wanted
         for package in gone:
