@@ -273,13 +273,14 @@ def rows_of(case: Case, prepared: Prepared, outcomes: Mapping[str, Outcome]) -> 
 
 
 def describe(row: Row) -> str:
-    """One printed line: time, rate, floor, ratio."""
+    """One printed line: time, rate, memory, floor, ratio."""
     head = f"{row.case_key}/{row.provider:24s}"
     if row.p50 is None:
         return f"{head} {row.status}: {row.reason}"
     text = f"{head} {row.p50 * 1e6:12.2f} us [{row.p20 * 1e6:.2f}, {row.p80 * 1e6:.2f}]"
     text += f" {row.bytes / row.p50 / 1e9:8.1f} GB/s" if row.bytes else ""
     text += f" {row.flops / row.p50 / 1e12:8.1f} TFLOP/s" if row.flops else ""
+    text += f" {row.peak_bytes / 2**20:8.0f} MiB peak" if row.peak_bytes is not None else ""
     text += f" {row.fraction_of_floor:6.1%} of floor" if row.fraction_of_floor is not None else ""
     return text + (f" {row.ratio:6.2f}x {row.rival}" if row.ratio is not None else "")
 

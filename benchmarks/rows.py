@@ -63,6 +63,7 @@ class Row:
     date: str  # UTC, ISO 8601
     bytes: int | None = None  # moved per call, each byte counted once read and once written
     flops: int | None = None  # per call
+    peak_bytes: int | None = None  # of memory: allocated on the GPU, or added to the process by the work
     floor_seconds: float | None = None  # the time this machine cannot beat for one call
     fraction_of_floor: float | None = None  # floor_seconds / p50: 1 is perfect
     rival: str | None = None  # a provider measured in turn with this one

@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "encode": (config.EncodeConfig, "encode", "encode"),
     "train vae": (config.TrainVaeConfig, "train_vae", "train_vae"),
     "train ar": (config.TrainArConfig, "train_ar", "train_ar"),
+    "train dit": (config.TrainDitConfig, "train_dit", "train_dit"),
+    "train ddpm": (config.TrainDdpmConfig, "train_ddpm", "train_ddpm"),
+    "train pixel-ddpm": (config.TrainPixelDdpmConfig, "train_ddpm", "train_pixel_ddpm"),
+    "export": (config.ExportConfig, "export", "export"),
     "sample": (config.SampleConfig, "sample", "sample"),
     "decode": (config.DecodeConfig, "decode", "decode"),
     "roundtrip": (config.RoundtripConfig, "roundtrip", "roundtrip"),
@@ -83,6 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def train_legacy_ddpm() -> int:
+    """`fastlatent train pixel-ddpm`, which also knows what the flags of a script of this name were called."""
+    spelled = {
+        "--manifest-path": "", "--output-dir": "--out", "--resolution": "--size", "--train-batch-size": "--batch-size",
+        "--num-epochs": "--epochs",
+    }  # fmt: skip
+    arguments = []
+    for argument in map(_dashed, sys.argv[1:]):
+        name, equals, value = argument.partition("=")
+        arguments.append(spelled.get(name, name) + equals + value if spelled.get(name, name) else value)
+    return main(["train", "pixel-ddpm", *(argument for argument in arguments if argument)])
+
+
 def _imported(module: str, function: str) -> Callable[[Any], Any]:
     """The function of a command. Ctrl-C while torch is imported ends the process at once: nothing is written yet, and
     torch and diffusers would swallow the exception (8 of 40 tries ended in an abort, a traceback or not at all)."""
@@ -137,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (cls, _, _) in COMMANDS.items():
         if name.startswith("train "):
             if train is None:
-                help = "train a model: vae or ar"
+                help = "train a model: vae, ar, dit, ddpm or pixel-ddpm"
                 parent = commands.add_parser("train", help=help, description=help, allow_abbrev=False)
                 train = parent.add_subparsers(dest="train_command", required=True, metavar="MODEL")
             _add_command(train, name.split()[1], name, cls)
@@ -154,15 +171,17 @@ def _add_command(subparsers: Any, word: str, command: str, cls: type) -> None:
     hints = typing.get_type_hints(cls)
     # Required settings first, then those of the command itself, then what it shares with others.
     for field in sorted(dataclasses.fields(cls), key=lambda f: f.default is not dataclasses.MISSING):
-        _add_field(parser, field, hints[field.name])
+        _add_field(parser, cls, field, hints[field.name])
     parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file; flags override it")
     if "dry_run" not in hints:
         parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
 
 
-def _add_field(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
+def _add_field(parser: argparse.ArgumentParser, cls: Any, field: dataclasses.Field, hint: Any) -> None:
     kind, _ = config.value_type(hint)
     help = field.metadata["help"].replace("%", "%%")
+    if field.name == "preset":
+        help += f" ({', '.join(cls.PRESETS) or 'there are none'})"
     if field.metadata["positional"]:
         nargs = "*" if kind is tuple else "?"
         parser.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, metavar=field.name.upper(), help=help)

@@ -212,6 +212,8 @@ def test_what_is_printed_reads_back(tmp_path, cls, changed):
     if changed:
         hints = typing.get_type_hints(cls)
         values = {field.name: other_value(field, hints[field.name]) for field in dataclasses.fields(cls)}
+        if "preset" in values:
+            values["preset"] = next(iter(cls.PRESETS), None)
     resolved = config.build(cls, {}, values)
     path = tmp_path / "settings.yaml"
     path.write_text(config.to_yaml(resolved), encoding="utf-8")
@@ -230,3 +232,32 @@ def test_settings_of_training_are_those_of_the_loop():
 
     names = {field.name for field in dataclasses.fields(config.TrainConfig)}
     assert {field.name for field in dataclasses.fields(LoopSettings)} <= names
+
+
+# --- presets ---
+
+PRESETS = [(cls, name) for cls in CONFIGS for name in getattr(cls, "PRESETS", {})]
+
+
+@pytest.mark.parametrize(("cls", "name"), PRESETS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_preset_is_valid(cls, name):
+    resolved = config.build(cls, {}, required_values(cls) | {"preset": name})
+    for key, value in cls.PRESETS[name].items():
+        assert getattr(resolved, key) == value
+
+
+def test_a_preset_gives_way_to_file_and_flags():
+    common = {"latents": "l", "out": "o"}
+    resolved = config.build(config.TrainArConfig, common | {"preset": "latentlm-medium-tokenizer", "steps": "7"}, {})
+    assert (resolved.steps, resolved.batch_size, resolved.weight_decay) == (7, 256, 0.1)
+    by_flag = config.build(config.TrainArConfig, common | {"batch_size": "64"}, {"preset": "latentlm-scaling"})
+    assert by_flag.batch_size == 64
+    flags = {"preset": "latentlm-scaling", "batch_size": 32}
+    assert config.build(config.TrainArConfig, common | {"batch_size": "64"}, flags).batch_size == 32
+
+
+def test_unknown_presets():
+    with pytest.raises(ValueError, match="unknown recipe 'latentlm-scalin'; did you mean 'latentlm-scaling'"):
+        config.build(config.TrainArConfig, {}, {"latents": "l", "out": "o", "preset": "latentlm-scalin"})
+    with pytest.raises(ValueError, match="unknown recipe 'dit'"):  # it is one of train dit
+        config.build(config.TrainArConfig, {}, {"latents": "l", "out": "o", "preset": "dit"})

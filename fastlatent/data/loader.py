@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlatent.data.ahead import Ahead, DeviceCopy
 from fastlatent.data.backends import Choice
 from fastlatent.data.order import BatchOrder, BucketOrder
 
 if TYPE_CHECKING:
     from fastlatent.data.latents import LatentDataset
-
-# A thread that hangs in a read (a file server that is away) must not keep Ctrl-C or the interpreter's end waiting.
-STOP_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -76,12 +73,17 @@ class LatentLoader:
         self.step = 0
         self.choice: Choice | None = None
         self._filler: _Filler | None = None
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead | None = None
         self._stop: Callable[[], object] = _nothing
 
     def __len__(self) -> int:
         """Steps per epoch."""
         return self.order.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """As the other loaders call it."""
+        return len(self)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch = self.step // len(self)
@@ -107,7 +109,7 @@ class LatentLoader:
         ahead = self._ahead
         if ahead is None or ahead.next != step:
             self.close()
-            ahead = self._ahead = _Ahead(self._filler.fill, step, self.prefetch)
+            ahead = self._ahead = Ahead(self._filler.fill, step, self.prefetch)
             # Runs once: in close(), when the loader is collected, or when the interpreter ends.
             self._stop = weakref.finalize(self, ahead.stop)
         try:
@@ -135,58 +137,6 @@ class LatentLoader:
         self.step = state["step"]
 
 
-class _Ahead:
-    """One thread that fills `step`, step + 1, ... and waits while `count` of them are ready. It knows no loader."""
-
-    def __init__(self, fill: Callable[[int], Any], step: int, count: int) -> None:
-        self.next = step
-        self.pid = os.getpid()  # a forked child inherits this object but not the thread
-        self._fill, self._count = fill, count
-        self._ready: deque[tuple[Any, BaseException | None]] = deque()
-        self._changed = threading.Condition()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, args=(step,), name="fastlatent loader", daemon=True)
-        self._thread.start()
-
-    def take(self) -> Any:
-        """What `fill` returned for the step `next`, or raise what it raised."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready)
-            filled, error = self._ready.popleft()
-            self._changed.notify_all()
-        if error is not None:
-            raise error
-        self.next += 1
-        return filled
-
-    def stop(self) -> None:
-        if self.pid != os.getpid():
-            return  # its locks may be held by a thread that was not forked
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        if threading.current_thread() is not self._thread:  # the collector runs in any thread
-            self._thread.join(STOP_SECONDS)
-        self._ready.clear()
-
-    def _run(self, step: int) -> None:
-        error = None
-        while error is None:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or len(self._ready) < self._count)
-                if self._stopped:
-                    return
-            filled = None
-            try:
-                filled = self._fill(step)
-            except BaseException as caught:  # raised again where the step is asked for
-                error = caught
-            with self._changed:
-                self._ready.append((filled, error))
-                self._changed.notify_all()
-            step += 1
-
-
 class _Filler:
     """Makes the batch of a step. `fill` may run in a thread; `hand_out` runs in the consumer's. Of one process."""
 
@@ -205,8 +155,7 @@ class _Filler:
             dataset.open()  # here: what a thread was opening during a fork would be half open in the child
         self._slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(slots)]  # by bucket
         self._copied: list[torch.cuda.Event | None] = [None] * slots
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
+        self._copy = DeviceCopy(device)
 
     def fill(self, step: int) -> tuple[dict[str, Any], torch.cuda.Event | None]:
         epoch, indices = self._order.indices(step)
@@ -221,22 +170,11 @@ class _Filler:
             if bucket not in buffers:
                 buffers[bucket] = self._dataset.empty(len(indices), bucket, pin_memory=True)
             batch = self._dataset.gather(indices, out=dict(buffers[bucket]), check_rows=self._check_rows)
-            with torch.cuda.stream(self._stream):
-                moved = {name: value.to(self._device, non_blocking=True) for name, value in batch.items()}
-                copied = torch.cuda.Event()
-                copied.record(self._stream)
-            self._copied[slot] = copied
-            return {**moved, "epoch": epoch}, copied
+            moved, self._copied[slot] = self._copy.begin(batch)
+            return {**moved, "epoch": epoch}, self._copied[slot]
 
     def hand_out(self, filled: tuple[dict[str, Any], torch.cuda.Event | None]) -> dict[str, Any]:
-        batch, copied = filled
-        if copied is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(copied)
-            for value in batch.values():
-                if isinstance(value, Tensor):
-                    value.record_stream(stream)  # allocated on the copying stream, used on this one
-        return batch
+        return self._copy.finish(*filled)
 
 
 def batch_order(

@@ -1,5 +1,7 @@
 """Checkpoints as the published LatentLM training script writes them with accelerate or DeepSpeed: no sizes, no names.
 
+Of the Transformer or of the DiT, which pos_embed tells apart.
+
 `checkpoint-{step}/` holds model.safetensors, or pytorch_model/mp_rank_00_model_states.pt with the weights under
 "module"; and other_state.pth = {scaling_factor, bias_factor, steps, ema}. `RUN/latest` holds the path of the newest.
 Model latents are (raw + bias_factor)·scaling_factor. Files are read without pickle.
@@ -19,10 +21,11 @@ from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastlatent.heads.latentlm import ffn_width
+from fastlatent.models.dit import DIT_SIZES, MLP_RATIO
 from fastlatent.models.transformer import MAX_SIZE, SIZES
 from fastlatent.pipeline.checkpoints import checkpoints
 
@@ -31,11 +34,8 @@ DEEPSPEED = "pytorch_model/mp_rank_00_model_states.pt"
 OTHER_STATE = "other_state.pth"
 
 _LIGHTNING = "SynthLM main, another architecture: norms with weights, qk-norm, another RoPE and another FFN"
-# Keys that only another architecture has, and what that one is.
-_OTHER_ARCHITECTURES = (
-    (("input_embedder", "noisy_input_embedder", "time_embedder", "label_embedder"), _LIGHTNING),
-    (("pos_embed",), "DiT, which denoises all tokens at once and not one after the other"),
-)
+# Keys that only that architecture has.
+_LIGHTNING_KEYS = ("input_embedder", "noisy_input_embedder", "time_embedder", "label_embedder")
 # Shown where the weights cannot tell: what the published sampling script takes without flags.
 _SCRIPT_DEFAULTS = {"prediction_type": "epsilon", "input_size": 16, "latents_mean": 0.0, "latents_std": 1.0}
 _HEAD_SIZE = 64
@@ -117,14 +117,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint: {file} holds no weights")
     if all(name.startswith("module.") for name in state):  # DistributedDataParallel
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    for keys, what in _OTHER_ARCHITECTURES:
-        foreign = next((name for name in state if name.removeprefix("model.").split(".")[0] in keys), None)
-        if foreign:
-            raise ValueError(
-                f"checkpoint: {file} belongs to {what} (it holds {foreign!r}); only the next-token Transformer with "
-                "keys such as 'noisy_x_embedder.proj.weight' can be sampled"
-            )
+    foreign = next((name for name in state if name.removeprefix("model.").split(".")[0] in _LIGHTNING_KEYS), None)
+    if foreign:
+        raise ValueError(
+            f"checkpoint: {file} belongs to {_LIGHTNING} (it holds {foreign!r}); expected a Transformer with keys such "
+            "as 'noisy_x_embedder.proj.weight', or a DiT with 'pos_embed'"
+        )
     return state
+
+
+def model_of(state: dict[str, Tensor]) -> str:
+    """ "transformer" or "dit"."""
+    return "dit" if "pos_embed" in state else "transformer"
 
 
 def read_other_state(folder: Path) -> dict[str, Any] | None:
@@ -167,7 +171,7 @@ def _load(file: Path, keep: str) -> dict[str, Any]:
 def complete(
     folder: Path, given: dict[str, Any], state: dict[str, Tensor], other: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Every entry of config.json: what the weights and other_state.pth say, and `given` for the rest.
+    """Every entry of config.json but the model: what weights and other_state.pth say, and `given` for the rest.
 
     Raises:
         ValueError: something is missing (with a line of JSON to paste), or `given` contradicts the files.
@@ -196,7 +200,7 @@ def complete(
 
 
 def _sizes(state: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
-    hidden, channels = _shape(state, "x_embedder.proj.weight", 4)[:2]
+    hidden, channels, patch = _shape(state, "x_embedder.proj.weight", 4)[:3]
     ffn = _shape(state, "blocks.0.mlp.fc1.weight", 2)[0]
     qkv = _shape(state, "blocks.0.attn.qkv.weight", 2)[0]
     # Counted, not the largest number: a stray name must not ask for a billion blocks.
@@ -205,14 +209,20 @@ def _sizes(state: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
         for stack in ("blocks", "diffusion_blocks")
     )
     found: dict[str, Any] = {
-        "hidden_size": hidden, "depth": depth, "diffusion_depth": diffusion_depth, "in_channels": channels,
+        "hidden_size": hidden, "depth": depth, "in_channels": channels,
         "num_classes": _shape(state, "y_embedder.embedding_table.weight", 2)[0] - 1,
     }  # fmt: skip
+    named: list[tuple[int, int, int, float]]
+    if model_of(state) == "dit":
+        found |= {"patch_size": patch, "input_size": math.isqrt(_shape(state, "pos_embed", 3)[1]) * patch}
+        named = [(*size, MLP_RATIO) for size in DIT_SIZES.values()]
+    else:
+        found["diffusion_depth"] = diffusion_depth
+        named = [size[:4] for size in SIZES.values() if size[4] == diffusion_depth]
     published = [
         (heads, ratio)
-        for size_depth, size_hidden, heads, ratio, size_diffusion_depth in SIZES.values()
-        if (size_depth, size_hidden, size_diffusion_depth) == (depth, hidden, diffusion_depth)
-        and ffn_width(size_hidden, ratio) == ffn
+        for size_depth, size_hidden, heads, ratio in named
+        if (size_depth, size_hidden) == (depth, hidden) and ffn_width(size_hidden, ratio) == ffn
     ]
     # Many ratios give one width: the given one, the published one, the smallest, or the middle if rounding spoils that.
     ratios = [given.get("mlp_ratio"), *(r for _, r in published), ffn * 1.5 / hidden, (ffn + 32) * 1.5 / hidden]
@@ -240,7 +250,9 @@ def _sizes(state: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
 
 def _shape(state: dict[str, Tensor], name: str, dims: int) -> torch.Size:
     if name not in state:
-        raise ValueError(f"checkpoint: the weights lack {name!r}: not a LatentLM Transformer (it holds {min(state)!r})")
+        raise ValueError(
+            f"checkpoint: the weights lack {name!r}: not a LatentLM Transformer or DiT (it holds {min(state)!r})"
+        )
     shape = state[name].shape
     if len(shape) != dims or 0 in shape:
         raise ValueError(f"checkpoint: expected {name} to have {dims} dimensions, none of them 0, got {list(shape)}")
@@ -271,7 +283,7 @@ def averaged(folder: Path, other: dict[str, Any] | None, parameters: Iterable[tu
     file = folder / OTHER_STATE
     if other is None:
         raise ValueError(
-            f"--ema: there is no {file}; leave out --ema (a checkpoint of `fastlatent train ar` already is the average)"
+            f"--ema: there is no {file}; leave out --ema (a checkpoint of `fastlatent train` already is the average)"
         )
     ema = other.get("ema")
     if ema is None:
@@ -294,6 +306,35 @@ def averaged(folder: Path, other: dict[str, Any] | None, parameters: Iterable[tu
             f"--ema: expected {len(named)} tensors in shadow_params of {file}, got {len(shadow)}: index {i} {first}"
         )
     return {name: tensor for (name, _), tensor in zip(named, shadow, strict=True)}
+
+
+def write(
+    folder: Path,
+    weights: dict[str, Tensor],
+    shadow: dict[str, Tensor] | None,
+    *,
+    mean: float,
+    std: float,
+    steps: int,
+    ema_decay: float,
+) -> None:
+    """Write model.safetensors and other_state.pth into an existing folder.
+
+    Args:
+        weights: as they are trained, under the model's names.
+        shadow: their average, in the order of the model's parameters; None if there is none.
+        mean, std: model latents are (raw − mean)/std.
+        steps: optimiser steps done.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+    # The rest of what the published EMAModel keeps, for a constant decay.
+    ema = None if shadow is None else {
+        "decay": ema_decay, "min_decay": ema_decay, "optimization_step": steps, "update_after_step": 0,
+        "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3, "shadow_params": list(shadow.values()),
+    }  # fmt: skip
+    factors = {"scaling_factor": 1 / std, "bias_factor": 0.0 - mean}
+    torch.save({**factors, "steps": steps, "ema": ema}, folder / OTHER_STATE)
 
 
 def _same_number(given: Any, found: Any) -> bool:

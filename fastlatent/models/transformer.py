@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlatent.heads.latentlm import (
@@ -17,6 +17,7 @@ from fastlatent.heads.latentlm import (
     ffn_width,
     rms_norm,
 )
+from fastlatent.models.attention import Attention, run_block
 
 ROPE_BASE = 10_000
 MAX_SIZE = 2**31
@@ -37,6 +38,29 @@ SIZES: dict[str, tuple[int, int, int, float, int]] = {
 }
 
 
+def check_sizes(config: Any, kind: type) -> None:
+    """ValueError unless the fields of `kind` (a config of the Transformer or the DiT) can be a model's sizes."""
+    for field in fields(kind):
+        value = getattr(config, field.name)
+        if type(value) not in (int, float) or not 0 < value < MAX_SIZE:
+            raise ValueError(f"config: expected {field.name} to be a positive number, got {value!r}")
+        if field.type == "int" and not isinstance(value, int):
+            raise ValueError(f"config: expected {field.name} to be a whole number, got {value!r}")
+    if config.hidden_size % config.num_heads:
+        raise ValueError(
+            f"config: expected num_heads to divide hidden_size {config.hidden_size}, got {config.num_heads}"
+        )
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"config: num_heads {config.num_heads} must be a multiple of num_kv_heads {config.num_kv_heads}"
+        )
+    if ffn_width(config.hidden_size, config.mlp_ratio) == 0:
+        raise ValueError(
+            f"config: hidden_size {config.hidden_size} and mlp_ratio {config.mlp_ratio} give an FFN of width 0; "
+            "floor(hidden·ratio·2/3/64)·64 must be at least 64"
+        )
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """Every size of a Transformer; N = input_size² tokens of in_channels numbers, in raster order."""
@@ -52,24 +76,10 @@ class TransformerConfig:
     num_classes: int
 
     def __post_init__(self) -> None:
-        for field in fields(TransformerConfig):
-            value = getattr(self, field.name)
-            if type(value) not in (int, float) or not 0 < value < MAX_SIZE:
-                raise ValueError(f"config: expected {field.name} to be a positive number, got {value!r}")
-            if field.type == "int" and not isinstance(value, int):
-                raise ValueError(f"config: expected {field.name} to be a whole number, got {value!r}")
-        if self.hidden_size % self.num_heads or self.head_dim % 2:
+        check_sizes(self, TransformerConfig)
+        if self.head_dim % 2:
             raise ValueError(
                 f"config: hidden_size {self.hidden_size} must be num_heads {self.num_heads} times an even number"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
-            )
-        if self.ffn_width == 0:
-            raise ValueError(
-                f"config: hidden_size {self.hidden_size} and mlp_ratio {self.mlp_ratio} give an FFN of width 0; "
-                "floor(hidden·ratio·2/3/64)·64 must be at least 64"
             )
 
     @property
@@ -112,34 +122,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-class Attention(nn.Module):
-    """Causal attention without bias or qk-norm; qkv holds [q heads | k heads | v heads]."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, N, hidden] → [B, N, hidden], every token attending to itself and those before it."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        return self.proj(out.transpose(1, 2).flatten(-2))
-
-
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attn = Attention(config)
+        self.attn = Attention(config.hidden_size, config.num_heads, config.num_kv_heads, causal=True)
         self.mlp = SwiGLU(config.hidden_size, config.ffn_width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(rms_norm(x), cos, sin)
+        x = x + self.attn(rms_norm(x), lambda heads: rotate(heads, cos, sin))
         return x + self.mlp(rms_norm(x))
 
 
@@ -165,12 +157,23 @@ class ConditionLayer(nn.Module):
         return self.linear(rms_norm(x))
 
 
+def initialize(model: nn.Module) -> None:
+    """Published initial weights of Transformer and DiT: modulations, output and the bias of clean (of a DiT: of all)
+    tokens are 0, t MLP and labels N(0, 0.02), the rest is PyTorch's."""
+    for name, parameter in model.named_parameters():
+        if ".adaLN_modulation." in name or name in ("final_layer.linear.weight", "x_embedder.proj.bias"):
+            nn.init.zeros_(parameter)
+        elif name.startswith(("t_embedder.", "y_embedder.")):
+            nn.init.normal_(parameter, std=EMBEDDING_STD)
+
+
 class Transformer(nn.Module):
     """Backbone and head. Sub-modules stand in the published order: that of the unnamed EMA list."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         hidden, width = config.hidden_size, config.ffn_width
         self.x_embedder = TokenEmbedder(config.in_channels, hidden)
         self.noisy_x_embedder = TokenEmbedder(config.in_channels, hidden)
@@ -183,12 +186,8 @@ class Transformer(nn.Module):
         self._rope: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def initialize(self) -> None:
-        """Published initial weights: zero modulations and output, N(0, 0.02) for t MLP and labels."""
-        for name, parameter in self.named_parameters():
-            if ".adaLN_modulation." in name or name == "final_layer.linear.weight":
-                nn.init.zeros_(parameter)
-            elif name.startswith(("t_embedder.", "y_embedder.")):
-                nn.init.normal_(parameter, std=EMBEDDING_STD)
+        """Published initial weights: see `initialize`."""
+        initialize(self)
 
     def condition(self, x: Tensor, labels: Tensor) -> Tensor:
         """Conditions of all tokens at once. x [B, N, C] clean latents, labels int64 [B] → [B, N, hidden].
@@ -198,15 +197,18 @@ class Transformer(nn.Module):
         h = torch.cat([self.y_embedder(labels)[:, None], self.x_embedder(x[:, :-1])], dim=1)
         cos, sin = self._rope_for(h)
         for block in self.blocks:
-            h = block(h, cos[: h.shape[1]], sin[: h.shape[1]])
+            h = run_block(block, h, cos[: h.shape[1]], sin[: h.shape[1]], again=self.gradient_checkpointing)
         return self.condition_layer(h)
 
     def denoise(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Prediction for noisy tokens. x [..., C], t [...], condition [..., hidden] → [..., C]."""
+        """Prediction for noisy tokens. x [..., C], t [...], condition [..., hidden] → [..., C].
+
+        The dimensions in front may be broadcast: one condition [B, 1, N, hidden] serves all copies x [B, M, N, C].
+        """
         c = condition + self.t_embedder(t)
         h = self.noisy_x_embedder(x)
         for block in self.diffusion_blocks:
-            h = block(h, c)
+            h = run_block(block, h, c, again=self.gradient_checkpointing)
         return self.final_layer(h, c)
 
     def _rope_for(self, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from fastlatent.store.files import fsync_directory
 
+TRAINING_STATE = "training.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -31,13 +32,13 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def resolve(path: str | Path, weights: str, what: str) -> Path:
-    """The folder that holds config.json and `weights`: `path` itself, or the newest checkpoint of the run `path`.
+    """The folder that holds config.json and `weights`: the newest checkpoint of the run `path`, or `path` itself.
 
     Raises:
         ValueError: there is none; `what` says what was looked for.
     """
     path = Path(path)
-    candidates = [path, *reversed(checkpoints(path))]
+    candidates = [*reversed(checkpoints(path)), path]  # the folder itself has what was newest when training ended
     for folder in candidates:
         if (folder / "config.json").is_file() and (folder / weights).is_file():
             return folder
@@ -80,6 +81,34 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def publish(run: Path) -> None:
+    """Give the run's folder itself what users load of its newest checkpoint: all but the state of the training.
+
+    Every entry is replaced as a whole. What is large is linked, not copied.
+    """
+    newest = checkpoints(run)[-1]
+    for entry in sorted(newest.iterdir()):
+        if entry.name == TRAINING_STATE:
+            continue
+        temporary, final = run / f".tmp-{entry.name}-{uuid.uuid4().hex}", run / entry.name
+        if entry.is_dir():
+            shutil.copytree(entry, temporary, copy_function=_link)
+            if final.exists():
+                final.rename(run / f".tmp-old-{uuid.uuid4().hex}")
+        else:
+            _link(entry, temporary)
+        temporary.rename(final)
+    fsync_directory(run)
+    remove_temporaries(run)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def remove_temporaries(run: Path) -> None:

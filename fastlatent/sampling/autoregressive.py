@@ -18,7 +18,7 @@ from fastlatent.models.transformer import Transformer
 from fastlatent.ops.diffusion_head_sample import HeadWeights, diffusion_head_sample
 from fastlatent.sampling.attention import KVCache, choose_attention
 from fastlatent.sampling.backbone import Backbone
-from fastlatent.sampling.graphs import TokenGraphs
+from fastlatent.sampling.graphs import TokenGraphs, batch_bucket
 
 # Caches of a batch may take this share of the memory that the weights leave; the rest is for activations.
 CACHE_SHARE = 0.7
@@ -199,7 +199,7 @@ class NextTokenSampler:
         """Buffers for this batch, those of the last one where they fit, at the first token."""
         config, rows = self.model.config, len(labels)
         # A graph belongs to its buffers, so on CUDA a batch is padded to a size that many batches share.
-        size = _bucket(rows) if self._graphs is not None else rows
+        size = batch_bucket(rows) if self._graphs is not None else rows
         if self._batch is None or self._batch.noise.shape[0] != size:
             self._batch = None  # its memory goes before the new one's comes
             if self._graphs is not None:
@@ -298,11 +298,6 @@ def _share(model: Transformer, weights: HeadWeights) -> None:
         }
     for name, view in views.items():
         model.get_parameter(name).data = view
-
-
-def _bucket(rows: int) -> int:
-    """The next power of two up to 64, then the next multiple of 64."""
-    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
 
 
 def _host_memory() -> int:

@@ -1,4 +1,4 @@
-"""CUDA graphs of one token: captured once for each key, replayed for every token after."""
+"""CUDA graphs of one token or step: captured once for each key, replayed for all that follow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
+
+
+def batch_bucket(rows: int) -> int:
+    """What a batch is padded to: the next power of two up to 64, then the next multiple of 64."""
+    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
 
 
 class TokenGraphs:

@@ -5,100 +5,88 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastlatent.data.latents import draw_latents
-from fastlatent.data.loader import LatentLoader
-from fastlatent.diffusion.schedules import alphas_cumprod
-from fastlatent.diffusion.targets import add_noise, target
+from fastlatent.heads.latentlm import DiffusionBlock
 from fastlatent.models.checkpoint import CheckpointConfig, save_checkpoint
-from fastlatent.models.transformer import Transformer
+from fastlatent.models.transformer import Block, Transformer
+from fastlatent.training.denoising import Denoising, draw_times, drop_labels, wide
+from fastlatent.training.latents import LatentBatches
+from fastlatent.training.objective import Part
 
 
 class NextTokenLoss(nn.Module):
-    """Latents → mean squared error of the prediction, in float32.
+    """Latents → mean squared error of the prediction, in float32 or more.
 
     Args:
         model: the Transformer.
         prediction_type, beta_schedule: what is predicted, under which noise.
-        batch_mul: noised copies of each sequence: the backbone runs once, the head batch_mul times.
-        class_dropout_prob: share of labels replaced by the null class.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        *,
-        prediction_type: str,
-        beta_schedule: str,
-        batch_mul: int,
-        class_dropout_prob: float,
-    ) -> None:
+    def __init__(self, model: Transformer, *, prediction_type: str, beta_schedule: str) -> None:
         super().__init__()
-        self.model, self.prediction_type = model, prediction_type
-        self.batch_mul, self.class_dropout_prob = batch_mul, class_dropout_prob
-        schedule = None if prediction_type == "flow" else alphas_cumprod(beta_schedule)
-        self.schedule: Tensor | None
-        self.register_buffer("schedule", schedule, persistent=False)
+        self.model = model
+        self.denoising = Denoising(prediction_type, beta_schedule)
 
-    def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch: normalised latents [B, N, C] and labels int64 [B]. Returns (loss, nothing else to log)."""
-        latents, labels = batch
-        options: dict[str, Any] = {"generator": generator, "device": latents.device}
-        dropped = torch.rand(labels.shape, **options) < self.class_dropout_prob
-        labels = torch.where(dropped, self.model.config.num_classes, labels)
-        condition = self.model.condition(latents, labels).repeat_interleave(self.batch_mul, dim=0)
-        clean = latents.repeat_interleave(self.batch_mul, dim=0)
-        noise = torch.randn(clean.shape, **options)
-        if self.schedule is None:
-            t = torch.rand(clean.shape[:2], **options)
-            t_model = 1000 * t
-        else:
-            t = torch.randint(len(self.schedule), clean.shape[:2], **options)
-            t_model = t
-        noisy = add_noise(clean, noise, t, self.schedule)
-        prediction = self.model.denoise(noisy, t_model, condition)
-        wanted = target(self.prediction_type, clean, noise, t, self.schedule)
-        return (prediction.float() - wanted.float()).square().mean(), {}
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, nothing else to log).
+
+        Args:
+            batch: `latents` [B, N, C] normalised, `label` int64 [B]; `t` [B, M, N] and `noise` [B, M, N, C] of M noised
+                copies of each sequence: the backbone runs once, the head M times.
+        """
+        dtype = self.model.condition_layer.linear.weight.dtype
+        latents, noise = wide(batch, dtype)
+        condition = self.model.condition(latents.to(dtype), batch["label"])
+        clean = latents[:, None].expand(noise.shape)
+        noisy, t = self.denoising.noised(clean, noise, batch["t"])
+        prediction = self.model.denoise(noisy.to(dtype), t, condition[:, None])
+        return self.denoising.loss(prediction, clean, noise, batch["t"]), {}
 
 
 class NextTokenObjective:
-    """Trains a Transformer on a latent dataset.
+    """Trains a Transformer on latents.
 
     Args:
-        loader: batches of the dataset.
-        config: of the checkpoint to write; its latents_mean and latents_std normalise.
-        seed: of posterior noise and mirroring.
-        device: where the model is.
+        batches: of normalised latents with labels.
+        config: of the checkpoints to write.
+        batch_mul: noised copies of each sequence.
+        flow_times: distribution of the times of flow, uniform or logit_normal.
+        class_dropout_prob: share of labels replaced by the null class.
     """
+
+    parts: tuple[Part, ...] = ()
+    blocks: tuple[type[nn.Module], ...] = (Block, DiffusionBlock)
 
     def __init__(
         self,
-        loader: LatentLoader,
+        batches: LatentBatches,
         loss: NextTokenLoss,
         config: CheckpointConfig,
-        seed: int,
-        device: torch.device,
+        *,
+        batch_mul: int,
+        flow_times: str,
+        class_dropout_prob: float,
     ) -> None:
-        self.loader, self.module, self.config, self.seed = loader, loss, config, seed
-        mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
-        channels = (config.in_channels,)  # a number stands for all channels
-        self._mean, self._std = (v.float().expand(channels).contiguous().to(device) for v in (mean, std))
+        self.batches, self.config = batches, config
+        self.module: nn.Module = loss
+        self.batch_mul, self.flow_times, self.class_dropout_prob = batch_mul, flow_times, class_dropout_prob
+        self.steps_per_epoch = batches.steps_per_epoch
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        batch = self.loader.batch(step)
-        latents = draw_latents(
-            batch["moments" if "moments" in batch else "latents"],
-            batch["key_hash"],
-            seed=self.seed,
-            epoch=batch["epoch"],
-            scale=batch.get("scale"),
-            has_logvar="moments" in batch,
-            mean=self._mean,
-            std=self._std,
-        )
-        return latents.flatten(2).transpose(1, 2), batch["label"]
+    def batch(self, step: int) -> dict[str, Any]:
+        batch = self.batches.batch(step)
+        draws, config = batch["draws"], self.config
+        copies = (self.batch_mul, config.num_tokens)
+        return {
+            "latents": batch["latents"].flatten(2).transpose(1, 2),
+            "label": drop_labels(draws, batch["label"], self.class_dropout_prob, config.num_classes),
+            "t": draw_times(draws, config.prediction_type, self.flow_times, copies),
+            "noise": draws.normal("noise", (*copies, config.in_channels)),
+        }
 
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+    def compile(self) -> None:
+        self.module.compile()
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, float]:
         save_checkpoint(folder, self.config, {name.removeprefix("model."): t for name, t in weights.items()})
+        return {}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +13,12 @@ from fastlatent.config import DecodeConfig
 from fastlatent.data.latents import LatentDataset
 from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.protocol import Autoencoder
-from fastlatent.media.images import to_uint8
-from fastlatent.media.sheets import save_png, save_sheet
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
-from fastlatent.store.files import write_atomic
 from fastlatent.store.provenance import differences
+from fastlatent.workflows.image_files import ImageFiles, decode_batch
 from fastlatent.workflows.latent_files import read_latent_file
 from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
-
-# A sheet of more images is too large to look at.
-SHEET_IMAGES = 400
 
 
 def decode(config: DecodeConfig) -> None:
@@ -44,19 +36,32 @@ def decode(config: DecodeConfig) -> None:
         names = [dataset.store.key(i) for i in range(min(len(dataset), config.limit or len(dataset)))]
         check_images(dataset)
         channels = dataset.store.buckets[0].channels
-        read: Callable[[int, int], Tensor] = functools.partial(dataset_means, dataset)
+
+        def read(begin: int, end: int) -> Tensor:
+            return dataset_means(dataset, begin, end)
+
     else:
         file = read_latent_file(path)
         latents, made_by = file.raw(), file.vae
         names = file.names()[: config.limit or len(latents)]
         channels = latents.shape[1]
-        read = functools.partial(rows_of, latents)
+
+        def read(begin: int, end: int) -> Tensor:
+            return latents[begin:end]
+
     vae = load_matching_autoencoder(
         config.vae, made_by, channels, device, DTYPES[config.dtype], allow_other=config.allow_other_vae
     )
-    output.mkdir(parents=True, exist_ok=True)
+    files = ImageFiles(output, bit_depth=int(config.bit_depth))
     keep_config(output / "decode.yaml", config)
-    decode_to_folder(read, vae, output, names=names, batch_size=config.batch_size, columns=config.columns)
+    with StopRequest() as stop, Progress("decode", len(names), "images") as progress:
+        for begin in range(0, len(names), config.batch_size):
+            stop.check()
+            pixels = decode_batch(vae, read(begin, min(begin + config.batch_size, len(names))))
+            files.write(begin, pixels)
+            progress.advance(len(pixels))
+    files.finish(names, columns=config.columns)
+    print(f"{output}: {len(names)} images, sheet.png")
 
 
 def check_images(dataset: LatentDataset) -> None:
@@ -74,11 +79,6 @@ def dataset_means(dataset: LatentDataset, begin: int, end: int) -> Tensor:
         scale = batch["scale"][:, 0]
         values *= scale.reshape(*scale.shape, *[1] * (values.ndim - scale.ndim))
     return values[:, : dataset.store.buckets[0].channels]
-
-
-def rows_of(latents: Tensor, begin: int, end: int) -> Tensor:
-    """What decode_to_folder reads where all latents are in memory."""
-    return latents[begin:end]
 
 
 def load_matching_autoencoder(
@@ -116,50 +116,3 @@ def load_matching_autoencoder(
                 f"--allow-other-vae):\n  " + "\n  ".join(other)
             )
     return vae
-
-
-def decode_to_folder(
-    read: Callable[[int, int], Tensor],
-    vae: Autoencoder,
-    output: Path,
-    *,
-    names: list[str],
-    batch_size: int,
-    columns: int,
-) -> None:
-    """Write images/NNNNNN.png, images.jsonl (which is which) and sheet.png.
-
-    Args:
-        read: read(begin, end) gives raw latents [end − begin, C, h, w]; one batch at a time is in memory.
-        names: one for each latent.
-    """
-    folder, listing = output / "images", output / "images.jsonl"
-    if folder.exists() and not listing.exists():
-        raise ValueError(f"{folder} is not of an earlier decode (no {listing.name} beside it); use another --output")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if not listing.exists():
-        write_atomic(listing, b"")  # from here on the images are ours, also after an interruption
-    folder.mkdir(exist_ok=True)
-    sheet: list[np.ndarray] = []
-    lines: list[str] = []
-    with StopRequest() as stop, Progress("decode", len(names), "images") as progress:
-        for begin in range(0, len(names), batch_size):
-            stop.check()
-            pixels = vae.decode(read(begin, min(begin + batch_size, len(names)))).cpu()
-            if not pixels.isfinite().all():
-                raise ValueError(
-                    f"decoding rows {begin} to {begin + len(pixels) - 1} gave NaN or infinity; try --dtype float32"
-                )
-            images = to_uint8(pixels.numpy())
-            for i, image in enumerate(images, begin):
-                save_png(folder / f"{i:06d}.png", image)
-                lines.append(json.dumps({"file": f"images/{i:06d}.png", "name": names[i]}) + "\n")
-            sheet += list(images)[: max(0, SHEET_IMAGES - len(sheet))]
-            progress.advance(len(images))
-    write_atomic(listing, "".join(lines).encode())
-    stale = len(names)  # images of an earlier, longer list
-    while (folder / f"{stale:06d}.png").exists():
-        (folder / f"{stale:06d}.png").unlink()
-        stale += 1
-    save_sheet(output / "sheet.png", np.stack(sheet), columns=columns)
-    print(f"{output}: {len(names)} images, sheet.png")

@@ -25,10 +25,11 @@ class LatentFile:
 
     Attributes:
         latents: [B, N, C] before de-normalisation, N tokens in raster order of a square grid.
-        labels: int64 [B].
+        labels: int64 [B]; −1 where there are none.
         latents_mean, latents_std: raw = latents·std + mean, per channel or for all.
         vae: identity and path of the autoencoder that made the training latents, if known.
         classes: names of the labels, if known.
+        conditions: what the samples were conditioned on, repeated in order; [] if nothing.
     """
 
     latents: Tensor
@@ -37,6 +38,7 @@ class LatentFile:
     latents_std: float | list[float]
     vae: dict[str, Any] | None
     classes: list[str]
+    conditions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def raw(self) -> Tensor:
         """float32 [B, C, side, side], what the autoencoder decodes."""
@@ -45,7 +47,11 @@ class LatentFile:
         return (self.latents.double() * std + mean).float().transpose(1, 2).unflatten(-1, (side, side))
 
     def names(self) -> list[str]:
-        """The class name of each sample, or its number."""
+        """The class name of each sample, or its number; without classes its conditions, or which sample it is."""
+        if self.conditions:
+            return [json.dumps(self.conditions[i % len(self.conditions)]) for i in range(len(self.labels))]
+        if len(self.labels) and int(self.labels.max()) < 0:
+            return [f"sample {i}" for i in range(len(self.labels))]
         return [self.classes[label] if self.classes else str(label) for label in self.labels.tolist()]
 
     def write(self, path: Path) -> None:

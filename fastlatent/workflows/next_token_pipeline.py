@@ -19,9 +19,10 @@ from fastlatent.models.checkpoint import CheckpointConfig
 from fastlatent.models.transformer import Transformer
 from fastlatent.sampling.autoregressive import NextTokenSampler
 from fastlatent.workflows.decode import load_matching_autoencoder
+from fastlatent.workflows.image_files import decode_batch
 from fastlatent.workflows.latent_files import LatentFile
 from fastlatent.workflows.runtime import set_up
-from fastlatent.workflows.sample import load_model, make_sampler
+from fastlatent.workflows.sample_models import load_model, make_sampler
 
 
 class NextTokenPipeline:
@@ -106,7 +107,7 @@ class NextTokenPipeline:
         assert self.vae is not None
         images: list[Image.Image] = []
         for part in raw.split(config.batch_size) if len(raw) else ():
-            pixels = to_uint8(self.vae.decode(part).cpu().numpy())
+            pixels = to_uint8(decode_batch(self.vae, part).numpy())
             images += [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
         return images
 

@@ -2,69 +2,111 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch.distributed as dist
 from torch import Tensor
 
 from fastlatent.config import SampleConfig
-from fastlatent.diffusion.annealing import annealed_steps
-from fastlatent.diffusion.noise import normal
-from fastlatent.diffusion.solvers import build_table
-from fastlatent.models.checkpoint import CheckpointConfig, load_checkpoint
-from fastlatent.models.transformer import Transformer
+from fastlatent.encoders.protocol import Autoencoder
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
-from fastlatent.sampling.autoregressive import NextTokenSampler
-from fastlatent.workflows.decode import decode_to_folder, load_matching_autoencoder, rows_of
+from fastlatent.workflows.decode import load_matching_autoencoder
+from fastlatent.workflows.image_files import ImageFiles, decode_batch
 from fastlatent.workflows.latent_files import LatentFile
-from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
+from fastlatent.workflows.runtime import keep_config, set_up
+from fastlatent.workflows.sample_models import Samples, open_samples
+from fastlatent.workflows.sample_requests import columns_of_sheet
 
 LATENTS = "latents.safetensors"
+# The process that is done first waits for the one with the most batches.
+WAIT = timedelta(days=7)
 
 
 def sample(config: SampleConfig) -> None:
-    """Sample from a next-token-diffusion checkpoint; see SampleConfig."""
+    """Sample from a checkpoint of any kind; see SampleConfig.
+
+    Under torchrun each process takes whole batches, so that every file is as one process would write it.
+    """
     output = Path(config.output)
-    if not config.decode and output.suffix != ".safetensors":
-        raise ValueError(f"--no-decode writes a file: expected --output NAME.safetensors, got {output}")
-    if not config.decode and output.is_dir():
-        raise ValueError(f"--output {output} is a folder; --no-decode writes a file")
-    if config.decode and output.suffix == ".safetensors":
+    _check_output(config, output)
+    device = set_up(config.device, config.threads)
+    with _processes() as (rank, world_size):
+        samples = open_samples(config, device)
+        if samples.in_pixels and not config.decode:
+            raise ValueError("--no-decode: this model samples pixels, there are no latents; leave it out")
+        batches = -(-samples.count // config.batch_size)
+        if rank == 0 and batches < world_size:
+            print(f"{world_size - batches} of {world_size} processes have no batch: choose a smaller --batch-size")
+        # Before hours of sampling, not after: is there an autoencoder that fits, can the result be written?
+        vae = _autoencoder(config, samples, device) if config.decode and not samples.in_pixels else None
+        files = None
+        if config.decode:
+            files = ImageFiles(output, bit_depth=int(config.bit_depth))
+        else:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        parts = _all_parts(_sample_batches(config, samples, vae, files, rank, world_size), rank, world_size)
+        if rank == 0:
+            _finish(config, samples, files, _latent_file(samples, parts))
+
+
+def _check_output(config: SampleConfig, output: Path) -> None:
+    if not config.decode:
+        if output.suffix != ".safetensors":
+            raise ValueError(f"--no-decode writes a file: expected --output NAME.safetensors, got {output}")
+        if output.is_dir():
+            raise ValueError(f"--output {output} is a folder; --no-decode writes a file")
+        for flag, given in (("--npz", config.npz), ("--bit-depth 16", config.bit_depth == "16")):
+            if given:
+                raise ValueError(f"{flag} is about images, which --no-decode leaves out")
+    elif output.suffix == ".safetensors":
         raise ValueError(
             f"--output {output}: without --no-decode it is a folder; add --no-decode to write latents only"
         )
-    device = set_up(config.device, config.threads)
-    model, checkpoint = load_model(config, device)
-    labels = parse_labels(config.labels, checkpoint.num_classes).repeat_interleave(config.per_class)
-    noise = _noise(config, checkpoint, len(labels))
-    # Before hours of sampling, not after: is there an autoencoder that fits, can the result be written?
-    vae = None
-    if config.decode:
-        vae = load_matching_autoencoder(
-            config.vae,
-            checkpoint.vae,
-            checkpoint.in_channels,
-            device,
-            torch.float32,
-            allow_other=config.allow_other_vae,
-        )
-    sampler = make_sampler(config, model, checkpoint)
-    (output if config.decode else output.parent).mkdir(parents=True, exist_ok=True)
-    batches = []
-    with StopRequest() as stop, Progress("sample", len(labels) * checkpoint.num_tokens, "tokens") as progress:
-        for begin in range(0, len(labels), config.batch_size):
-            part = slice(begin, begin + config.batch_size)
+    if config.npz and config.bit_depth == "16":
+        raise ValueError("--npz holds 8 bits per channel; leave out --bit-depth 16")
 
-            def on_token(rows: int) -> None:
-                stop.check()
-                progress.advance(rows)
 
+@contextlib.contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """(rank, world size), as a launcher such as torchrun says; without one (0, 1)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+        return
+    dist.init_process_group("gloo", timeout=WAIT)
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def _autoencoder(config: SampleConfig, samples: Samples, device: torch.device) -> Autoencoder:
+    return load_matching_autoencoder(
+        config.vae, samples.vae, samples.channels, device, torch.float32, allow_other=config.allow_other_vae
+    )
+
+
+def _sample_batches(
+    config: SampleConfig, samples: Samples, vae: Autoencoder | None, files: ImageFiles | None, rank: int, world: int
+) -> list[Tensor]:
+    """This process's batches: number rank, rank + world, …; their images are written, their latents returned."""
+    begins = range(rank * config.batch_size, samples.count, world * config.batch_size)
+    mine = sum(min(config.batch_size, samples.count - begin) for begin in begins)
+    parts = []
+    with StopRequest() as stop, Progress("sample", mine * samples.steps, samples.unit) as progress:
+
+        def on_step(rows: int) -> None:
+            stop.check()
+            progress.advance(rows)
+
+        for begin in begins:
             try:
-                batch = sampler.sample(labels[part], noise[part], seed=config.seed, first_id=begin, on_token=on_token)
+                batch = samples.run(begin, min(begin + config.batch_size, samples.count), on_step).cpu()
             except RuntimeError as error:
                 if not config.compile:
                     raise
@@ -76,88 +118,42 @@ def sample(config: SampleConfig) -> None:
                     f"{bad} of the samples {begin} to {begin + len(batch) - 1} are not finite; try a smaller "
                     "--cfg-scale, more --num-inference-steps, or --dtype float32"
                 )
-            batches.append(batch.cpu())
-    latents = torch.cat(batches)
-    file = LatentFile(
-        latents, labels, checkpoint.latents_mean, checkpoint.latents_std, checkpoint.vae, checkpoint.classes
-    )
-    if vae is None:
+            if files is not None:
+                raw = _latent_file(samples, [batch]).raw()
+                files.write(begin, raw if vae is None else decode_batch(vae, raw))
+            if not samples.in_pixels:
+                parts.append(batch)
+    return parts
+
+
+def _all_parts(own: list[Tensor], rank: int, world_size: int) -> list[Tensor]:
+    """The batches of all processes in order, at rank 0 once all are there; at the others nothing."""
+    if world_size == 1:
+        return own
+    gathered: list[list[Tensor]] | None = [[]] * world_size if rank == 0 else None
+    dist.gather_object(own, gathered)
+    if gathered is None:
+        return []
+    longest = max(len(parts) for parts in gathered)
+    return [parts[i] for i in range(longest) for parts in gathered if i < len(parts)]
+
+
+def _latent_file(samples: Samples, parts: list[Tensor]) -> LatentFile:
+    latents = torch.cat(parts) if parts else torch.empty(0, samples.side**2, samples.channels)
+    labels = torch.full((samples.count,), -1) if samples.labels is None else samples.labels
+    return LatentFile(latents, labels, samples.mean, samples.std, samples.vae, samples.classes, samples.conditions)
+
+
+def _finish(config: SampleConfig, samples: Samples, files: ImageFiles | None, file: LatentFile) -> None:
+    output = Path(config.output)
+    if files is None:
         file.write(output)
         keep_config(output.with_name(output.name + ".yaml"), config)
-        print(f"{output}: latents {list(latents.shape)}")
+        print(f"{output}: latents {list(file.latents.shape)}")
         return
-    file.write(output / LATENTS)
+    if not samples.in_pixels:
+        file.write(output / LATENTS)
     keep_config(output / "sample.yaml", config)
-    decode_to_folder(
-        functools.partial(rows_of, file.raw()),
-        vae,
-        output,
-        names=file.names(),
-        batch_size=config.batch_size,
-        columns=max(config.per_class, 4),
-    )
-
-
-def load_model(config: SampleConfig, device: torch.device) -> tuple[Transformer, CheckpointConfig]:
-    """The checkpoint that the config names, as the config says."""
-    return load_checkpoint(
-        config.checkpoint, DTYPES[config.dtype], device, model_config=config.model_config, ema=config.ema
-    )
-
-
-def make_sampler(config: SampleConfig, model: Transformer, checkpoint: CheckpointConfig) -> NextTokenSampler:
-    """The sampler with the config's solver, guidance and back ends."""
-    solver = config.solver
-    if solver == "auto":
-        solver = "euler" if checkpoint.prediction_type == "flow" else "dpmsolver++"
-    steps = annealed_steps(
-        config.num_inference_steps, config.last_inference_steps or config.num_inference_steps, checkpoint.num_tokens
-    )
-    tables = {n: build_table(solver, n, checkpoint.prediction_type, checkpoint.beta_schedule) for n in set(steps)}
-    return NextTokenSampler(
-        model,
-        [tables[n] for n in steps],
-        cfg_scale=config.cfg_scale,
-        cfg_schedule=config.cfg_schedule,
-        attention=config.attention,
-        kv_dtype=torch.float8_e4m3fn if config.fp8_cache else None,
-        int8=config.int8,
-        published=config.published,
-        compile=config.compile,
-    )
-
-
-def parse_labels(text: str, num_classes: int) -> Tensor:
-    """ "3,1,4" or "all" → int64 [B]; ValueError for anything else or a class that is not there."""
-    if text == "all":
-        return torch.arange(num_classes)
-    try:
-        labels = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f'--labels: expected class numbers such as "3,1,4", or "all", got {text!r}') from None
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise ValueError(f"--labels: expected 0 to {num_classes - 1} (this checkpoint's classes), got {label}")
-    return torch.tensor(labels)
-
-
-def _noise(config: SampleConfig, checkpoint: CheckpointConfig, count: int) -> Tensor:
-    """Start noise [B, N, C] in float64: from the file, or drawn for each sample's number."""
-    shape = (checkpoint.num_tokens, checkpoint.in_channels)
-    if config.noise is None:
-        return normal(config.seed, range(count), 0, shape)
-    try:
-        tensors = load_file(config.noise)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"--noise {config.noise}: not a readable safetensors file: {error}") from None
-    if "noise" not in tensors:
-        raise ValueError(f"--noise {config.noise}: expected a tensor `noise`, found {', '.join(tensors) or 'none'}")
-    noise = tensors["noise"]
-    if noise.shape != (count, *shape):
-        raise ValueError(
-            f"--noise {config.noise}: expected [{count}, {shape[0]}, {shape[1]}] [samples, tokens, channels], got "
-            f"{list(noise.shape)}; --labels times --per-class gives the samples"
-        )
-    if not noise.is_floating_point() or not noise.isfinite().all():
-        raise ValueError(f"--noise {config.noise}: expected finite floating-point numbers, got {noise.dtype}")
-    return noise.double()
+    columns = columns_of_sheet(config, samples.count)
+    files.finish(file.names(), columns=columns, npz=config.npz, labels=samples.labels)
+    print(f"{output}: {samples.count} images, sheet.png{', samples.npz' if config.npz else ''}")

@@ -335,8 +335,12 @@ def test_factors_as_tensors_and_no_bias(tmp_path):
     [
         (lambda s: {f"model.{k}".replace("x_embedder", "input_embedder"): v for k, v in s.items()}, "SynthLM main"),
         (lambda s: s | {"time_embedder.mlp.0.weight": torch.zeros(1)}, "'time_embedder.mlp.0.weight'"),
-        (lambda s: s | {"pos_embed": torch.zeros(1, 4, 64)}, "belongs to DiT"),
-        (lambda s: {"a": torch.zeros(1)}, "lack 'x_embedder.proj.weight': not a LatentLM Transformer (it holds 'a')"),
+        # Whatever has positions is taken for a DiT.
+        (
+            lambda s: s | {"pos_embed": torch.zeros(1, 4, 64)},
+            ".weight', which a model of the first weights' sizes lacks",
+        ),
+        (lambda s: {"a": torch.zeros(1)}, "not a LatentLM Transformer or DiT (it holds 'a')"),
         (lambda s: s | {"x_embedder.proj.weight": torch.zeros(64, 3)}, "to have 4 dimensions"),
         (lambda s: s | {"x_embedder.proj.weight": torch.zeros(64, 3, 2, 2)}, "[64, 3, 2, 2] in"),
         (lambda s: s | {"blocks.0.mlp.fc1.weight": torch.zeros(65, 64)}, "a multiple of 64 rows"),

@@ -104,14 +104,6 @@ def error(got, want):
     return float((got.double() - want).norm() / want.norm())
 
 
-@pytest.fixture
-def native_calls(monkeypatch):
-    calls = []
-    original = _native.call
-    monkeypatch.setattr(_native, "call", lambda *args: calls.append(args) or original(*args))
-    return calls
-
-
 @pytest.fixture(params=[16, 8, 4])
 def lanes(request, monkeypatch):
     """Every instruction set that this CPU has: a narrower CPU repeats its widest."""

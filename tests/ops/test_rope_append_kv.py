@@ -1,8 +1,3 @@
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -280,49 +275,8 @@ def test_rejects(case):
         assert all(torch.equal(a, b) for a, b in zip(arguments[KEYS:], before, strict=True))
 
 
-COMPILE = """
-import json, pathlib, re, subprocess, sys, tempfile, triton
-from importlib import import_module
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-module, *names = sys.argv[1:]
-cases = {case["name"]: case for case in import_module(module).aot_cases()}
-found = {}
-for name in names:
-    case = cases[name]
-    source = ASTSource(case["kernel"], case["signature"], case["constants"], case["attrs"])
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=case["options"])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    found[name] = {
-        **{what: int(re.search(rf"{what}:([0-9]+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")},
-        **{what: sass.count(what) for what in ("FFMA", "HMMA", "LDGSTS", "LDG.E.128")},
-    }
-print(json.dumps(found))
-"""
-
-
-def compiled_for_hopper(tmp_path, module, *names):
-    """Registers, spills and instructions of aot_cases by name, compiled ahead of time and without a GPU."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE, module, *names]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def test_compiles_for_hopper(tmp_path):
-    pytest.importorskip("triton")
-    names = ("bf16 D64 16/16", "fp8e4nv D128 16/4")
-    found = compiled_for_hopper(tmp_path, "fastlatent.kernels.rope_append_kv", *names)
-    for name in names:
+def test_compiles_for_hopper(hopper):
+    for row in hopper("rope_append_kv", "bf16 D64 16/16", "fp8e4nv D128 16/4"):
         # 2048 threads share an SM's 65536 registers. Nothing is fused: the bits are the reference's.
-        assert found[name]["REG"] <= 32 and found[name]["STACK"] == found[name]["LOCAL"] == 0, name
-        assert found[name]["FFMA"] == 0, name
+        assert row["registers"] <= 32 and row["spilled"] == 0, row["case"]
+        assert row["sass"]["FFMA"] == 0, row["case"]

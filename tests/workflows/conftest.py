@@ -2,7 +2,11 @@
 
 import contextlib
 import io
+import itertools
+import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,3 +108,28 @@ def chain(tmp_path_factory) -> Chain:
 @pytest.fixture
 def images(chain, tmp_path):
     return chain.copy("images", tmp_path / "images")
+
+
+@pytest.fixture(scope="session")
+def forking_process():
+    script = Path(__file__).with_name("forked_cli.py")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, script], **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def forked(forking_process, tmp_path):
+    """forked(*jobs): what forked_cli.py does with each; the exit codes. Child i of job n prints to log-<n>-<i>.txt."""
+    logs = (tmp_path / f"log-{number}" for number in itertools.count())
+
+    def run(*jobs: dict) -> list[list[int]]:
+        found = []
+        for job in jobs:
+            forking_process.stdin.write(json.dumps({"log": str(next(logs)), **job}) + "\n")
+            forking_process.stdin.flush()
+            found.append(json.loads(forking_process.stdout.readline()))
+        return found
+
+    return run

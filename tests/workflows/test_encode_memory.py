@@ -1,37 +1,31 @@
 """The memory of an encode does not grow with the number of images that it has done."""
 
-import json
-import subprocess
-import sys
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-SCRIPT = """
-import json, sys, threading, time
+# Runs in the child before the command, which then prints its resident memory after every unit.
+WATCH = """
 from pathlib import Path
-from fastlatent.cli import main
 from fastlatent.workflows import encode_work
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-seen = []
 original = encode_work.Work._write
 
 def write(self, unit, rows, bad):
     original(self, unit, rows, bad)
-    seen.append(resident())
+    print("resident", resident(), flush=True)
 
 encode_work.Work._write = write
-code = main(sys.argv[1:])
-print(json.dumps([code, seen]))
 """
 
 
 @pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.soak)])
-def test_memory_stays_flat(chain, tmp_path, count):
+def test_memory_stays_flat(chain, forked, tmp_path, count):
     draw = np.random.default_rng(0)
     images = [Image.fromarray(draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)) for _ in range(50)]
     files = []
@@ -44,14 +38,12 @@ def test_memory_stays_flat(chain, tmp_path, count):
         (folder / f"{i}.png").write_bytes(files[i % 50])
     units = 30
     arguments = ["encode", "--size", "8", "--batch-size", "64", "--unit-rows", str(count // units), "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments, "--vae", chain.vae, "--out", tmp_path / "latents",
-         tmp_path / "images"],
-        capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    code, seen = json.loads(done.stdout.splitlines()[-1])
-    assert code == 0 and len(seen) >= units
+    folders = ["--vae", str(chain.vae), "--out", str(tmp_path / "latents"), str(tmp_path / "images")]
+    codes = forked({"argv": [*arguments, *folders], "first": WATCH})
+    printed = (tmp_path / "log-0-0.txt").read_text()
+    assert codes == [[0]], printed
+    seen = [int(size) for size in re.findall(r"^resident (\d+)$", printed, re.MULTILINE)]
+    assert len(seen) >= units
     # The first units bring what every unit needs: threads, buffers, the allocator's arenas. A thousand images of 192
     # bytes and as many latents would be 1 MB of pixels; 100,000 pictures kept would be 100 MB.
     assert max(seen[units // 2 :]) - max(seen[: units // 3]) < 24 * 2**20

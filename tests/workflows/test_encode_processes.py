@@ -1,6 +1,5 @@
 """Kills, several processes, torchrun and Ray: whoever does the work and however it ends, the dataset is the same."""
 
-import json
 import os
 import random
 import subprocess
@@ -35,14 +34,6 @@ def arguments(chain, folder, out, *more):
     return [*ENCODE, *more, "--vae", str(chain.vae), "--out", str(out), str(folder)]
 
 
-def forked(tmp_path, *jobs) -> list[list[int]]:
-    lines = [json.dumps({"log": str(tmp_path / "log"), **job}) for job in jobs]
-    script = Path(__file__).with_name("forked_cli.py")
-    done = subprocess.run([sys.executable, str(script), *lines], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def settled(chain, out: Path) -> dict[str, bytes]:
     """All of a dataset but encode.yaml, which names the folder it is in."""
     return {name: data for name, data in chain.contents(out).items() if name != "encode.yaml"}
@@ -57,30 +48,29 @@ def undisturbed(chain, folder, tmp_path_factory) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.soak)])
-def test_killed_at_random_it_ends_with_the_same_bytes(chain, folder, undisturbed, tmp_path, count):
+def test_killed_at_random_it_ends_with_the_same_bytes(chain, forked, folder, undisturbed, tmp_path, count):
     out, draw = tmp_path / "latents", random.Random(count)
     argv = arguments(chain, folder, out)
-    (alone,) = forked(tmp_path, {"argv": arguments(chain, folder, tmp_path / "timed")})
-    assert alone == [0]
     kills = [{"argv": argv, "kill_after": [draw.uniform(0.05, 0.8)]} for _ in range(count)]
-    *killed, last = forked(tmp_path, *kills, {"argv": argv})
+    *killed, last = forked(*kills, {"argv": argv})
     assert last == [0]
     assert any(codes == [-9] for codes in killed)  # else the machine is so fast that nothing was tested
     assert settled(chain, out) == undisturbed
 
 
-def test_four_processes_one_of_them_killed(chain, folder, undisturbed, tmp_path):
+def test_four_processes_one_of_them_killed(chain, forked, folder, undisturbed, tmp_path):
     out = tmp_path / "latents"
     job = {"argv": arguments(chain, folder, out), "count": 4, "kill_after": [0.4, None, None, None]}
-    (codes,) = forked(tmp_path, job)
+    (codes,) = forked(job)
     assert codes[1:] == [0, 0, 0] and codes[0] in (0, -9), [(tmp_path / f"log-0-{i}.txt").read_text() for i in range(4)]
     assert settled(chain, out) == undisturbed
 
 
-def test_ctrl_c_stops_and_the_same_command_goes_on(chain, folder, undisturbed, tmp_path):
+def test_ctrl_c_stops_and_the_same_command_goes_on(chain, forked, folder, undisturbed, tmp_path):
     out = tmp_path / "latents"
     argv = arguments(chain, folder, out)
-    codes = forked(tmp_path, {"argv": argv, "kill_after": [0.5], "signal": 2}, {"argv": argv})
+    begun = [str(out / "shards" / "*" / "*.safetensors"), 0]
+    codes = forked({"argv": argv, "kill_after": [begun], "signal": 2}, {"argv": argv})
     assert codes[0] in ([130], [0]) and codes[1] == [0]
     assert settled(chain, out) == undisturbed
 
@@ -97,14 +87,13 @@ def test_torchrun_with_two_processes(chain, folder, undisturbed, tmp_path):
     assert settled(chain, out) == undisturbed
 
 
-def test_ray(chain, folder, undisturbed, tmp_path):
+def test_ray(chain, forked, folder, undisturbed, tmp_path):
     pytest.importorskip("ray")
     out = tmp_path / "latents"
-    done = subprocess.run(
-        [sys.executable, "-m", "fastlatent", *arguments(chain, folder, out, "--cluster", "ray")],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "150 files encoded now" in done.stdout
+    argv = arguments(chain, folder, out, "--cluster", "ray")
+    codes = forked({"argv": argv, "first": "import os; os.environ['RAY_USAGE_STATS_ENABLED'] = '0'"})
+    printed = (tmp_path / "log-0-0.txt").read_text()
+    assert codes == [[0]], printed
+    assert "150 files encoded now" in printed
     assert settled(chain, out) == undisturbed
     assert len(Dataset.open(out).quarantined) == 10

@@ -1,0 +1,73 @@
+"""Every setting of every command: frozen dataclasses, the only place where defaults live.
+
+The command line, the YAML files and the docs are made from these. Precedence: dataclass < preset < YAML file < flags.
+Plain Python, no torch: `fastlatent --help` imports this.
+"""
+
+from fastlatent.config.encode import EncodeConfig
+from fastlatent.config.fields import (
+    MAX_SEED,
+    build,
+    item_type,
+    read_yaml,
+    suggest,
+    to_yaml,
+    value_type,
+)
+from fastlatent.config.maintain import (
+    DoctorConfig,
+    FilterConfig,
+    GcConfig,
+    InspectConfig,
+    MergeConfig,
+    RepairConfig,
+    SplitConfig,
+    StatsConfig,
+    VerifyConfig,
+)
+from fastlatent.config.sample import DecodeConfig, RoundtripConfig, SampleConfig
+from fastlatent.config.train import (
+    ExportConfig,
+    LabelledTrainConfig,
+    LatentTrainConfig,
+    TrainArConfig,
+    TrainConfig,
+    TrainDdpmConfig,
+    TrainDitConfig,
+    TrainPixelDdpmConfig,
+    TrainVaeConfig,
+    UNetTrainConfig,
+)
+
+__all__ = [
+    "MAX_SEED",
+    "DecodeConfig",
+    "DoctorConfig",
+    "EncodeConfig",
+    "ExportConfig",
+    "FilterConfig",
+    "GcConfig",
+    "InspectConfig",
+    "LabelledTrainConfig",
+    "LatentTrainConfig",
+    "MergeConfig",
+    "RepairConfig",
+    "RoundtripConfig",
+    "SampleConfig",
+    "SplitConfig",
+    "StatsConfig",
+    "TrainArConfig",
+    "TrainConfig",
+    "TrainDdpmConfig",
+    "TrainDitConfig",
+    "TrainPixelDdpmConfig",
+    "TrainVaeConfig",
+    "UNetTrainConfig",
+    "VerifyConfig",
+    "build",
+    "item_type",
+    "read_yaml",
+    "suggest",
+    "to_yaml",
+    "value_type",
+]
