@@ -110,7 +110,10 @@ def test_the_dry_run_of_gc_is_a_setting_of_its_own(capsys):
         ("train ar l --out o --steps 0", "flag: steps: expected at least 1, got 0"),
         ("train ar l --out o --learning-rate fast", "argument --learning-rate: invalid float value: 'fast'"),
         ("train ar l --out o --learning-rate nan", "flag: learning_rate: expected a finite number, got nan"),
-        ("train ar l --out o --mixed-precision bf61", "mixed_precision: expected one of no, bf16, fp16, got 'bf61'; did you"),
+        (
+            "train ar l --out o --mixed-precision bf61",
+            "mixed_precision: expected one of no, bf16, fp16, got 'bf61'; did you",
+        ),
         ("train vae i --out o --block-out-channels 8;9", "expected whole numbers separated by commas, got '8;9'"),
         ("train vae i --out o --block-out-channels 8,", "expected whole numbers separated by commas, got '8,'"),
         ("train vea i --out o", "invalid choice: 'vea'"),

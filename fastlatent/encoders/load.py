@@ -10,8 +10,10 @@ from diffusers import AutoencoderKL
 from fastlatent.encoders.diffusers_autoencoders import DiffusersAutoencoder, load_folder
 from fastlatent.encoders.ldm_keys import from_ldm, is_ldm
 from fastlatent.encoders.protocol import Autoencoder
+from fastlatent.encoders.sigma_vae import FILE as SIGMA_FILE
 from fastlatent.encoders.sigma_vae import SigmaVAE, sigma_vae
 from fastlatent.encoders.weights import SUFFIXES, load_into, read_file, tensors_digest
+from fastlatent.pipeline.checkpoints import checkpoints
 
 
 def load_autoencoder(
@@ -28,6 +30,9 @@ def load_autoencoder(
         ValueError: nothing is there, it is not for images, or its weights do not fit.
     """
     path = Path(path)
+    for folder in (*reversed(checkpoints(path)), path):
+        if (folder / SIGMA_FILE).is_file():
+            return _load_file(folder / SIGMA_FILE, device, dtype)
     if not path.is_file() or path.suffix not in SUFFIXES:
         return load_folder(path, device, dtype)
     return _load_file(path, device, dtype)

@@ -21,6 +21,7 @@ from fastlatent.encoders.diffusers_autoencoders import check_size
 from fastlatent.encoders.protocol import Autoencoder
 from fastlatent.encoders.weights import load_into, reloaded, tensors_digest
 
+FILE = "sigma_vae.pt"  # in a run of `fastlatent train vae --layout sigma-vae`
 _HEAD = 64
 _DEFAULTS: dict[str, Any] = {"encoder_arch": "beit3-base", "decoder_arch": "vit-base"}
 _REQUIRED = ("img_size", "patch_size", "latent_size", "std")
@@ -55,7 +56,7 @@ class _Beit3FeedForward(nn.Module):
         return self.fc2(self.ffn_layernorm(functional.gelu(self.fc1(x))))
 
 
-class _Beit3Layer(nn.Module):
+class Beit3Layer(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.self_attn, self.self_attn_layer_norm = _Beit3Attention(width), nn.LayerNorm(width)
@@ -85,7 +86,7 @@ class _Beit3Layers(nn.Module):
         super().__init__()
         # A class token, and two rows that are never read: positions are counted from 2.
         self.embed_positions = nn.Embedding(patches + 3, width)
-        self.layers = nn.ModuleList(_Beit3Layer(width, hidden) for _ in range(depth))
+        self.layers = nn.ModuleList(Beit3Layer(width, hidden) for _ in range(depth))
         self.layer_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class _VitFeedForward(nn.Module):
         return self.fc2(functional.gelu(self.fc1(x)))
 
 
-class _VitBlock(nn.Module):
+class VitBlock(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), _VitAttention(width)
@@ -147,7 +148,7 @@ class _Vit(nn.Module):
         self.patch_embed = _PatchEmbedding(channels, patch, width, tokens=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, width))
-        self.blocks = nn.ModuleList(_VitBlock(width, hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(VitBlock(width, hidden) for _ in range(depth))
         self.fc_norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ class _Pixels(nn.Module):
         return self.fc2(torch.tanh(self.fc1(x)))
 
 
-class _Network(nn.Module):
+class SigmaVaeNetwork(nn.Module):
     """The whole autoencoder under its published names; `forward` encodes."""
 
     def __init__(self, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -207,8 +208,8 @@ class _Network(nn.Module):
         return patches.reshape(shape).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-class _Encoder(nn.Module):
-    def __init__(self, network: _Network) -> None:
+class SigmaVaeEncoder(nn.Module):
+    def __init__(self, network: SigmaVaeNetwork) -> None:
         super().__init__()
         self.encoder, self.head, self.side = network.encoder, network.encoder_post_processor, network.side
 
@@ -229,13 +230,17 @@ class SigmaVAE:
     has_posterior = False
 
     def __init__(
-        self, network: _Network, config: Mapping[str, Any], weights_digest: str, reload: Callable[[], Autoencoder]
+        self,
+        network: SigmaVaeNetwork,
+        config: Mapping[str, Any],
+        weights_digest: str,
+        reload: Callable[[], Autoencoder],
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.config = dict(config)
         self.weights_digest = weights_digest
         self._reload = reload
-        self._encoder = _Encoder(self.network).eval()
+        self._encoder = SigmaVaeEncoder(self.network).eval()
         self.pixel_channels = network.channels
         self.latent_channels: int = config["latent_size"]
         self.downsample: int = config["patch_size"]
@@ -280,7 +285,7 @@ def sigma_vae(
     """
     config = _checked(file, given)
     try:
-        network = _Network(config, state)
+        network = SigmaVaeNetwork(config, state)
     except ValueError as error:
         raise ValueError(f"autoencoder: {file}: {error}") from None
     load_into(network, state, file)

@@ -14,9 +14,8 @@ from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlatent.encoders.sigma_vae import _Beit3Layer, _Encoder, _Network, _VitBlock
+from fastlatent.encoders.sigma_vae import FILE, Beit3Layer, SigmaVaeEncoder, SigmaVaeNetwork, VitBlock
 
-SIGMA_FILE = "sigma_vae.pt"
 SIGMA_PATCH = 16
 # C_σ of the published σ-VAE is std/0.8: 0.9375.
 _SIGMA_STD, _STD_UNIT = 0.75, 0.8
@@ -162,14 +161,14 @@ class SigmaNetwork:
     image. What stands for the KL divergence is μ², as published: twice the divergence, but for a constant."""
 
     has_posterior = False
-    blocks: tuple[type[nn.Module], ...] = (_Beit3Layer, _VitBlock)
+    blocks: tuple[type[nn.Module], ...] = (Beit3Layer, VitBlock)
 
-    def __init__(self, model: _Network, config: Mapping[str, Any]) -> None:
+    def __init__(self, model: SigmaVaeNetwork, config: Mapping[str, Any]) -> None:
         self.model: Any = model
         self.config, self.channels, self.size = dict(config), model.channels, config["img_size"]
         side = config["img_size"] // config["patch_size"]
         self.latent_shape = (config["latent_size"], side, side)
-        self._encoder = _Encoder(model)
+        self._encoder = SigmaVaeEncoder(model)
 
     @property
     def last(self) -> nn.Linear:
@@ -202,14 +201,14 @@ class SigmaNetwork:
 
     def copy(self, weights: Mapping[str, Tensor], device: torch.device) -> SigmaNetwork:
         with torch.device("meta"):
-            model = _Network(self.config, weights)
+            model = SigmaVaeNetwork(self.config, weights)
         model.load_state_dict(dict(weights), assign=True)
         return SigmaNetwork(model.eval().requires_grad_(False).to(device), self.config)
 
     def save(self, folder: Path, statistics: LatentStatistics | None) -> None:
         config = self.config | (statistics.entries() if statistics else {})
         weights = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
-        torch.save({"config": config, "model": weights}, folder / SIGMA_FILE)
+        torch.save({"config": config, "model": weights}, folder / FILE)
 
 
 def new_kl(
@@ -281,7 +280,7 @@ def new_sigma(
     for layer in range(depth):
         shapes[f"encoder.encoder.layers.{layer}.ffn.fc1.weight"] = (hidden, width)
         shapes[f"decoder.blocks.{layer}.mlp.fc1.weight"] = (hidden, width)
-    model = _Network(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    model = SigmaVaeNetwork(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:  # ViT's: norms keep their ones, biases their zeros
             nn.init.trunc_normal_(parameter, std=0.02)

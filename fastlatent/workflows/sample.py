@@ -52,7 +52,7 @@ def sample(config: SampleConfig) -> None:
             output.parent.mkdir(parents=True, exist_ok=True)
         parts = _all_parts(_sample_batches(config, samples, vae, files, rank, world_size), rank, world_size)
         if rank == 0:
-            _finish(config, samples, files, _latent_file(samples, parts))
+            _finish(config, samples, files, latent_file(samples, parts))
 
 
 def _check_output(config: SampleConfig, output: Path) -> None:
@@ -119,7 +119,7 @@ def _sample_batches(
                     "--cfg-scale, more --num-inference-steps, or --dtype float32"
                 )
             if files is not None:
-                raw = _latent_file(samples, [batch]).raw()
+                raw = latent_file(samples, [batch]).raw()
                 files.write(begin, raw if vae is None else decode_batch(vae, raw))
             if not samples.in_pixels:
                 parts.append(batch)
@@ -138,7 +138,8 @@ def _all_parts(own: list[Tensor], rank: int, world_size: int) -> list[Tensor]:
     return [parts[i] for i in range(longest) for parts in gathered if i < len(parts)]
 
 
-def _latent_file(samples: Samples, parts: list[Tensor]) -> LatentFile:
+def latent_file(samples: Samples, parts: list[Tensor]) -> LatentFile:
+    """What was sampled, with what undoes its normalisation."""
     latents = torch.cat(parts) if parts else torch.empty(0, samples.side**2, samples.channels)
     labels = torch.full((samples.count,), -1) if samples.labels is None else samples.labels
     return LatentFile(latents, labels, samples.mean, samples.std, samples.vae, samples.classes, samples.conditions)

@@ -6,8 +6,8 @@ from fastlatent.config import TrainArConfig
 from fastlatent.models.checkpoint import CheckpointConfig
 from fastlatent.models.transformer import Transformer, published_size
 from fastlatent.training.autoregressive import NextTokenLoss, NextTokenObjective
-from fastlatent.workflows.train import count_weights, run_training, training_run
-from fastlatent.workflows.train_labelled import given_sizes, open_labelled, start
+from fastlatent.workflows.train import count_weights, training_run
+from fastlatent.workflows.train_labelled import given_sizes, open_labelled, start, train_labelled
 
 
 def train_ar(config: TrainArConfig) -> None:
@@ -41,4 +41,4 @@ def train_ar(config: TrainArConfig) -> None:
             flow_times=config.flow_times,
             class_dropout_prob=config.class_dropout_prob,
         )
-        run_training(objective, config, run)
+        train_labelled(objective, config, run)

@@ -6,8 +6,8 @@ from fastlatent.config import TrainDitConfig
 from fastlatent.models.checkpoint import DiTCheckpointConfig
 from fastlatent.models.dit import DiT, published_dit_size
 from fastlatent.training.dit import DitLoss, DitObjective
-from fastlatent.workflows.train import count_weights, run_training, training_run
-from fastlatent.workflows.train_labelled import given_sizes, open_labelled, start
+from fastlatent.workflows.train import count_weights, training_run
+from fastlatent.workflows.train_labelled import given_sizes, open_labelled, start, train_labelled
 
 
 def train_dit(config: TrainDitConfig) -> None:
@@ -40,4 +40,4 @@ def train_dit(config: TrainDitConfig) -> None:
             flow_times=config.flow_times,
             class_dropout_prob=config.class_dropout_prob,
         )
-        run_training(objective, config, run)
+        train_labelled(objective, config, run)

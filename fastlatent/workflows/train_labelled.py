@@ -9,7 +9,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastlatent.config import LabelledTrainConfig
+from fastlatent.config import LabelledTrainConfig, SampleConfig, build
+from fastlatent.media.images import to_uint8
+from fastlatent.media.sheets import save_sheet
 from fastlatent.models.checkpoint import (
     AnyCheckpointConfig,
     CheckpointConfig,
@@ -20,9 +22,16 @@ from fastlatent.models.checkpoint import (
 )
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.training.latents import LatentBatches
+from fastlatent.training.loop import PREVIEW
+from fastlatent.training.objective import Objective
+from fastlatent.workflows.decode import load_matching_autoencoder
+from fastlatent.workflows.image_files import decode_batch
 from fastlatent.workflows.latent_source import LatentSource, open_latents
-from fastlatent.workflows.train import Run
+from fastlatent.workflows.sample import latent_file
+from fastlatent.workflows.sample_models import open_samples
+from fastlatent.workflows.train import Run, run_training
 
+PREVIEW_IMAGES = 8
 Checkpoint = TypeVar("Checkpoint", CheckpointConfig, DiTCheckpointConfig)
 # Flags that --init settles.
 _SIZES = ("hidden_size", "depth", "num_heads", "num_kv_heads", "mlp_ratio", "diffusion_depth", "patch_size")
@@ -103,6 +112,31 @@ def start(
         mean_of, std_of = parts
         batches = LatentBatches(batches.loader, mean=mean_of, std=std_of, seed=config.seed)
     return Start(kind(**values), weights, batches)
+
+
+def train_labelled(objective: Objective, config: LabelledTrainConfig, run: Run) -> None:
+    """Train, and leave preview.png in the run's folder: images of random classes, as `fastlatent sample` makes them."""
+    run_training(objective, config, run)
+    run.team.on_main(lambda: _save_preview(run, config.seed))
+
+
+def _save_preview(run: Run, seed: int) -> None:
+    wanted = {
+        "checkpoint": str(run.folder), "output": "-", "labels": "random", "num": PREVIEW_IMAGES,
+        "batch_size": PREVIEW_IMAGES, "seed": seed,
+    }  # fmt: skip
+    samples = open_samples(build(SampleConfig, {}, wanted), run.device)
+    try:
+        vae = load_matching_autoencoder(
+            None, samples.vae, samples.channels, run.device, torch.float32, allow_other=False
+        )
+    except ValueError as error:
+        print(f"no {PREVIEW}: {error}", flush=True)
+        return
+    latents = samples.run(0, samples.count, lambda rows: None).cpu()
+    # A model that has learned little may give anything.
+    pixels = decode_batch(vae, latent_file(samples, [latents.nan_to_num()]).raw()).nan_to_num()
+    save_sheet(run.folder / PREVIEW, to_uint8(pixels.numpy()), columns=PREVIEW_IMAGES)
 
 
 def _compare(config: LabelledTrainConfig, source: LatentSource, before: AnyCheckpointConfig) -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fastlatent.encoders.load import load_autoencoder
-from fastlatent.encoders.sigma_vae import _Encoder, _Network
+from fastlatent.encoders.sigma_vae import SigmaVaeEncoder, SigmaVaeNetwork
 
 # Two heads, and sides of three patches: a transposed grid, or heads mixed up, cannot go unseen.
 SIZES = {"width": 128, "hidden": 96, "depth": 2, "patch": 4, "side": 3, "latent_size": 5}
@@ -23,12 +23,12 @@ def saved(path, weights, **config):
 @pytest.mark.parametrize(("encoder", "arch"), [("beit3", "beit3-base"), ("vit", "vit-base")])
 def test_float64_equals_the_published_network(encoder, arch, tmp_path):
     weights = plain.random_weights(0, **SIZES, encoder=encoder)
-    network = _Network(CONFIG | {"encoder_arch": arch}, weights).double().eval()
+    network = SigmaVaeNetwork(CONFIG | {"encoder_arch": arch}, weights).double().eval()
     network.load_state_dict(weights)
     want = plain.encode(weights, PIXELS, 4)
     with torch.no_grad():
         assert want.shape == (2, 5, 3, 3)
-        assert relative(_Encoder(network)(PIXELS), want) < 1e-10
+        assert relative(SigmaVaeEncoder(network)(PIXELS), want) < 1e-10
         assert relative(network.decode(want), plain.decode(weights, want, 4)) < 1e-10
     vae = load_autoencoder(saved(tmp_path / "a.pt", weights, encoder_arch=arch))
     assert relative(vae.encode(PIXELS), want) < 1e-5

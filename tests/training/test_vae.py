@@ -16,9 +16,10 @@ from torch import nn
 from fastlatent.diffusion.noise import Draws
 from fastlatent.encoders.ldm_keys import from_ldm
 from fastlatent.encoders.load import load_autoencoder
+from fastlatent.encoders.sigma_vae import FILE as SIGMA_FILE
 from fastlatent.evaluation.reconstruction import psnr
 from fastlatent.training.vae import FixedImages, VaeLoss, VaeObjective, VaeWeights
-from fastlatent.training.vae_networks import SIGMA_FILE, KlNetwork, new_kl, new_kl16, new_sigma
+from fastlatent.training.vae_networks import KlNetwork, new_kl, new_kl16, new_sigma
 
 SIDE = 24  # the smallest that the discriminator takes
 ALL = VaeWeights(mse=1.0, l1=0.5, lpips=0.7, kl=0.25, kl_reduction="sum", adversarial=0.8)

@@ -98,7 +98,7 @@ def test_a_sigma_vae_goes_on(train, tmp_path):
     assert "--split 'none' means nothing" in out
     out = train(f"--init {tmp_path / 'sigma.pt'} --kl-weight 0.01")
     assert "KL weight" not in out
-    again = load_autoencoder(tmp_path / "out" / "sigma_vae.pt")
+    again = load_autoencoder(tmp_path / "out")
     assert again.config["std"] == 0.5
     assert again.latent_channels == 5
     refused(train, "--latent-channels 6: --init .* has 5; leave", f"--init {tmp_path / 'sigma.pt'} --latent-channels 6")
