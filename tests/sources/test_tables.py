@@ -154,6 +154,11 @@ def test_without_statistics(tmp_path):
     assert len(source.items) == 1 and list(source.left_out) == ["t.parquet/00000001"]
 
 
+def names(value):
+    """An id without addresses: the columns' names."""
+    return "+".join(value) if isinstance(value, dict) else str(value)
+
+
 def images(kind=None, count=2):
     return pa.array([image(n) for n in range(count)], kind or pa.binary())
 
@@ -171,7 +176,7 @@ def images(kind=None, count=2):
         ({"image": images(), "jpg": images(), "depth": images()}, "image"),
         ({"a.b": pa.array([{"path": "", "bytes": image(n)} for n in range(2)])}, "a.b"),
     ],
-    ids=str,
+    ids=names,
 )
 def test_the_image_column(tmp_path, suffix, columns, chosen):
     source = scan_table(write(tmp_path / f"t{suffix}", pa.table(columns)))
@@ -186,7 +191,7 @@ def test_the_image_column(tmp_path, suffix, columns, chosen):
         {"jpg": images(), "png": images()},
         {"a": pa.array([{"bytes": b"", "path": ""}], IMAGE), "b": pa.array([{"bytes": b"", "path": ""}], IMAGE)},
     ],
-    ids=str,
+    ids=names,
 )
 def test_no_or_several_image_columns(tmp_path, columns):
     with pytest.raises(ValueError, match=f"image columns .*its columns: {next(iter(columns))}"):

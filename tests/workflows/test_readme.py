@@ -1,4 +1,5 @@
-"""The README's commands of "Encode anything", as they stand there but for the sizes, on data of the same layouts."""
+"""The README's commands of "Encode anything" and "Train anything", as they stand there but for the sizes, on data laid out
+as theirs."""
 
 import json
 import pickle
@@ -20,9 +21,12 @@ README = Path(__file__).parents[2] / "README.md"
 PIXELS = {"224": "8", "256": "8"}
 
 
-def readme_commands() -> list[str]:
-    section = README.read_text().split("### Encode anything\n")[1].split("\n### ")[0]
-    return re.findall(r"^    (fastlatent .*)$", section, re.MULTILINE)
+def section(title: str) -> str:
+    return README.read_text().split(f"### {title}\n")[1].split("\n### ")[0]
+
+
+def readme_commands(title: str = "Encode anything") -> list[str]:
+    return re.findall(r"^    (fastlatent .*)$", section(title), re.MULTILINE)
 
 
 def trajectory(folder: Path, frames: int, seed: int) -> None:
@@ -105,3 +109,48 @@ def test_manifest(done):
     columns = dataset.open_shard(0).columns
     assert np.allclose(columns["condition"], [[0, 3, 4, 0, 5], [0.5, 3, 4, 0, 5], [1, 3, 4, 0, 5]])
     assert columns["condition_present"].all()
+
+
+@pytest.fixture(scope="module")
+def trained(chain, done) -> Path:
+    """The folder after the commands of "Train anything" too, with small models."""
+    unet = "--block-out-channels 8,8 --norm-groups 4 --layers-per-block 1"
+    more = {
+        "train vae": f"{unet} --batch-size 2",
+        "encode": "--batch-size 2",
+        "train ddpm": f"{unet} --batch-size 2 --preview-inference-steps 2",
+        "sample": "--num-inference-steps 2",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(done)
+        for line in readme_commands("Train anything"):
+            words = shlex.split(line.replace("--epochs 50", "--epochs 1"))[1:]
+            words = [PIXELS.get(word, word) if words[i - 1] == "--size" else word for i, word in enumerate(words)]
+            command = " ".join(words[:2]) if words[0] == "train" else words[0]
+            chain.ok("", *words, *more[command].split(), "--threads", "1")
+    return done
+
+
+def test_a_manifest_becomes_samples(trained):
+    commands = [line.split()[1:3] for line in readme_commands("Train anything")]
+    assert [one[0] for one in commands] == ["train", "encode", "train", "sample"]
+    assert len(list((trained / "field-samples" / "images").glob("*.png"))) == 4
+    assert (trained / "runs" / "field-vae" / "validation.json").exists()
+    for run in ("field-vae", "field-ddpm"):
+        assert (trained / "runs" / run / "preview.png").exists() and (trained / "runs" / run / "loss.png").exists()
+
+
+def test_the_run_loads_in_plain_diffusers(trained, monkeypatch):
+    [code] = re.findall(r"```python\n(.*?)```", section("Train anything"), re.DOTALL)
+    monkeypatch.chdir(trained)
+    names: dict = {}
+    exec(code, names)
+    unet, scheduler, vae = names["unet"], names["scheduler"], names["vae"]
+    assert scheduler.config.clip_sample is False
+    scheduler.set_timesteps(3)
+    side = unet.config.sample_size
+    x = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t, names["text"], class_labels=names["dropped"]).sample, t, x).prev_sample
+        assert vae.decode(x).sample.isfinite().all()
