@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -34,7 +35,9 @@ class Team:
         if known is not None and known != cpu:  # an earlier run of this process was on the other kind
             AcceleratorState._reset_state(reset_partial_state=True)
         # Autocast, compilation and accumulation are the loop's; what a launcher says of them is compared before.
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no")
+        # Buffers are constants here, the same everywhere; gradients as views spare a copy of all of them.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no", kwargs_handlers=[ddp])
         self.device, self.rank, self.world_size = device, self.accelerator.process_index, self.accelerator.num_processes
         # Its own group: NCCL would wait with the GPU, and its operations time out after 10 minutes.
         self._group = dist.new_group(backend="gloo", timeout=WAIT) if self.world_size > 1 else None
@@ -42,6 +45,13 @@ class Team:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def leave(self) -> None:
+        """Part from the others, once all are done; NCCL complains about processes that just end."""
+        if self._group is not None:
+            dist.barrier(self._group)
+            self.accelerator.end_training()
+            AcceleratorState._reset_state(reset_partial_state=True)
 
     def wrap(self, module: nn.Module, blocks: tuple[type[nn.Module], ...], *, shard: bool) -> nn.Module:
         """The module that averages gradients over the processes; with `shard` each holds a part of every weight."""

@@ -88,6 +88,7 @@ def training_run(config: TrainConfig, data: Any) -> Iterator[Run]:
         begin = step_of(found[-1]) if found else 0
         torch.manual_seed(config.seed)
         yield Run(run, team, begin or 0)
+        team.leave()
     finally:
         if lock is not None:
             lock.release()

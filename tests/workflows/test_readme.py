@@ -1,5 +1,5 @@
-"""The README's commands of "Encode anything" and "Train anything", as they stand there but for the sizes, on data laid out
-as theirs."""
+"""The README's commands of "Encode anything" and "Train anything", as they stand there but for the sizes, on data with
+the same layouts."""
 
 import json
 import pickle
