@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 import tempfile
 import time
@@ -56,7 +57,7 @@ COPIES = 4  # noised copies of each sequence, of a Transformer: the default
 PREFETCH = 2  # the loaders' default
 LEAD = PREFETCH + 1  # steps whose batches were prepared while other providers ran, and the one being prepared
 COMPILE_SECONDS = 240.0  # 24 layers, forward and backward
-SMALL_AR = {"hidden_size": 256, "depth": 4, "num_heads": 4, "num_kv_heads": 4, "mlp_ratio": 4, "diffusion_depth": 3}
+SMALL_AR = {"hidden_size": 256, "depth": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_ratio": 4, "diffusion_depth": 3}
 SMALL_DIT = {name: value for name, value in SMALL_AR.items() if name != "diffusion_depth"}
 
 
@@ -94,8 +95,8 @@ def make_cases(device: str) -> list[Case]:
     if device == "cpu":
         return [
             make_case("Transformer-small", 4, "off", "cpu"),
-            make_case("Transformer-small", 4, "on", "cpu"),
             make_case("DiT-small", 8, "off", "cpu"),
+            make_case("DiT-small", 8, "on", "cpu"),
         ]
     # Batches that fit 80 GB in eager mode.
     batches = {
@@ -217,6 +218,9 @@ def prepare(case: Case) -> Iterator[tuple[harness.Prepared, TimedLoader]]:
     device, batch, name = set_up(case.device, case.threads), int(case.sizes["batch"]), str(case.sizes["model"])
     config, steps = model_config(name), steps_per_call(case.device)
     torch.compiler.reset()
+    gc.collect()  # the case before: compiled modules are in cycles
+    if CUDA:
+        torch.cuda.empty_cache()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="fastlatent-bench-") as work, contextlib.ExitStack() as stack:
         folder = Path(work)
@@ -310,8 +314,6 @@ def measure(case: Case, seconds: float) -> list[Row]:
         )
         waits = [wait for i, wait in enumerate(timed.seconds) if i % steps >= LEAD]
         found = harness.rows_of(case, prepared, outcomes | {"loader-wait": outcomes["fastlatent"]})
-    if CUDA:
-        torch.cuda.empty_cache()
     ours = next(row for row in found if row.provider == "fastlatent")
     return [*(row for row in found if row.provider != "loader-wait"), _wait_row(case, ours, waits)]
 

@@ -101,24 +101,29 @@ def run(command: str) -> float:
 
 
 def measure(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> dict[str, float]:
-    samples, labels = read_images("samples")
-    classifier = SVC(gamma="scale").fit(flat(train["images"]), train["labels"])
     reconstructed, keys = read_images("reconstructions")
     original = np.stack([np.asarray(Image.open(DEMO / "digits" / "test" / key)) for key in keys])
     error = np.square((original / 255.0) - (reconstructed / 255.0)).mean()
     write_pairs(original, reconstructed)
-    real = spread(test["images"], test["labels"].astype(str))
+    return measure_samples("samples", train, test) | {
+        "recon_psnr_db": round(float(-10 * np.log10(error)), 2),
+        "latent_numbers_per_image": LATENT_CHANNELS * (SIZE // DOWNSAMPLE) ** 2,
+        "image_numbers": SIZE**2,
+    }
+
+
+def measure_samples(folder: str, train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> dict[str, float]:
+    """Whether the images of a folder are digits of their classes, as varied as real ones, and new."""
+    samples, labels = read_images(folder)
+    classifier = SVC(gamma="scale").fit(flat(train["images"]), train["labels"])
     # A sample is memorised if it is nearer to a training image than every held-out image is.
     closest_held_out = nearest(flat(test["images"]), flat(train["images"])).min()
     memorised = nearest(flat(samples), flat(train["images"])) < closest_held_out
     return {
         "class_accuracy": round(float((classifier.predict(flat(samples)).astype(str) == labels).mean()), 4),
         "classifier_heldout_accuracy": round(float(classifier.score(flat(test["images"]), test["labels"])), 4),
-        "recon_psnr_db": round(float(-10 * np.log10(error)), 2),
-        "spread_ratio": round(spread(samples, labels) / real, 4),
+        "spread_ratio": round(spread(samples, labels) / spread(test["images"], test["labels"].astype(str)), 4),
         "memorised_share": round(float(memorised.mean()), 4),
-        "latent_numbers_per_image": LATENT_CHANNELS * (SIZE // DOWNSAMPLE) ** 2,
-        "image_numbers": SIZE**2,
     }
 
 

@@ -124,7 +124,7 @@ def test_two_processes_are_one(whole, tmp_path, teams, change):
     toy.assert_same(tmp_path / "run", whole, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.soak), True])  # DDP: test_processes.py too
 def test_the_number_of_processes_may_change(whole, tmp_path, teams, fsdp):
     common = {"folder": str(tmp_path / "run"), "checkpoint_every": 2}
     teams.run(1, "toy_training:run", stop_at=3, **common)
@@ -134,7 +134,7 @@ def test_the_number_of_processes_may_change(whole, tmp_path, teams, fsdp):
     toy.assert_same(tmp_path / "run", whole, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_signal_to_one_stops_all(whole, tmp_path, teams, rank):
     teams.run(2, "toy_faults:stop_in_one", folder=str(tmp_path / "run"), rank=rank)
     assert steps_of(tmp_path / "run") == [4, 6]

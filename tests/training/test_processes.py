@@ -23,43 +23,40 @@ def whole(request, folder, teams):
     return name
 
 
-def test_two_processes_are_one(folder, teams, whole):
+# The chain below has two processes too: here the whole of a run, of the one with batch statistics and of one without.
+@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_two_processes_are_one(folder, teams, whole, everywhere):
+    if (whole in ("vae", "ar")) == everywhere:
+        pytest.skip("in the other half")
     teams.run(2, "objectives64:run_one", name=whole, folder=str(folder), out=f"{whole}-2")
     toy.assert_same(folder / f"{whole}-1", folder / f"{whole}-2", TOLERANCE)
 
 
 def test_one_then_two_then_one(folder, teams, whole):
-    for world, stop in ((1, 3), (2, 5), (1, None)):
-        teams.run(world, "objectives64:run_one", name=whole, folder=str(folder), out=f"{whole}-121", stop_at=stop)
-    toy.assert_same(folder / f"{whole}-1", folder / f"{whole}-121", TOLERANCE)
+    out = f"{whole}-121"
+    for world, stop in ((1, 2), (2, 5), (1, None)):
+        teams.run(world, "objectives64:run_one", name=whole, folder=str(folder), out=out, stop_at=stop)
+    toy.assert_same(folder / f"{whole}-1", folder / out, TOLERANCE)
 
 
-def test_accumulated_parts_are_the_batch(folder, teams, whole):
-    if whole == "vae":
-        pytest.skip("the discriminator's batch statistics are those of a part")
-    more = ["--accumulate", "2"]
-    teams.run(1, "objectives64:run_one", name=whole, folder=str(folder), out=f"{whole}-parts", more=more)
-    toy.assert_same(folder / f"{whole}-1", folder / f"{whole}-parts", TOLERANCE)
-
-
-def test_sharded_weights_are_whole_weights(folder, teams, whole):
-    if whole == "vae":
-        pytest.skip("it is refused")
-    more = ["--fsdp"]
-    teams.run(2, "objectives64:run_one", name=whole, folder=str(folder), out=f"{whole}-fsdp", more=more)
-    toy.assert_same(folder / f"{whole}-1", folder / f"{whole}-fsdp", TOLERANCE)
+@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("world", "flags"), [(1, ["--accumulate", "2"]), (2, ["--fsdp"])], ids=["parts", "fsdp"])
+def test_parts_and_shards_are_the_whole(folder, teams, whole, world, flags, everywhere):
+    if whole == "vae" or (whole == "dit") == everywhere:
+        pytest.skip("parts of a batch have batch statistics of their own, shards are refused; or in the other half")
+    out = whole + flags[0]
+    teams.run(world, "objectives64:run_one", name=whole, folder=str(folder), out=out, more=flags)
+    toy.assert_same(folder / f"{whole}-1", folder / out, TOLERANCE)
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.soak)])
-def test_kills_change_nothing(folder, teams, whole, kills, tmp_path):
+def test_kills_change_nothing(folder, teams, whole, kills):
     if kills == 3 and whole != "vae":
-        pytest.skip("in make soak; the toy's crashes are the loop's")
+        pytest.skip("in make soak; what a crash leaves is the loop's, which the toy is crashed in")
     # A process that is forked and left alone is done after about 2 s.
-    draw = random.Random(7)
+    draw, out = random.Random(7), f"{whole}-killed-{kills}"
+    common = {"name": whole, "folder": str(folder), "out": out, "more": ["--checkpoint-every", "1"]}
     for _ in range(kills):
-        teams.run(
-            1, "objectives64:run_one", kill_after=draw.uniform(0.1, 2.0), name=whole, folder=str(folder),
-            out=f"{whole}-killed-{kills}", more=["--checkpoint-every", "1"],
-        )  # fmt: skip
-    teams.run(1, "objectives64:run_one", name=whole, folder=str(folder), out=f"{whole}-killed-{kills}")
-    toy.assert_same(folder / f"{whole}-1", folder / f"{whole}-killed-{kills}")
+        teams.run(1, "objectives64:run_one", kill_after=draw.uniform(0.1, 2.0), **common)
+    teams.run(1, "objectives64:run_one", **common)
+    toy.assert_same(folder / f"{whole}-1", folder / out)
