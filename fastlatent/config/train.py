@@ -129,6 +129,8 @@ class LatentTrainConfig(TrainConfig):
     manifest_root: str | None = option(None, "manifests: folder of the images, in place of output_root")
     size: int = option(256, "images: side of the square centre crop, in pixels", minimum=1)
     mirror: bool = option(False, "images: mirror half of them at random (a dataset says itself: encode --mirror)")
+    preserve_input_precision: bool = option(True, "16-bit and float images keep their values; otherwise 8 bits")
+    input_range: str | None = option(None, 'float images: "LOW,HIGH" become black and white; otherwise 0,1')
     normalization: str = option(
         "channel",
         "latents become (raw - mean)/std with mean and std of each channel, or of all values (as published)",
@@ -158,11 +160,11 @@ class TrainArConfig(LabelledTrainConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "latentlm-medium-tokenizer": {
             "model": "Transformer-Medium", "batch_size": 256, "steps": 200_000, "weight_decay": 0.1,
-            "ema_schedule": "published", "mixed_precision": "bf16",
+            "ema_schedule": "published", "mixed_precision": "bf16", "normalization": "all",
         },
         "latentlm-scaling": {
             "model": "Transformer-L", "batch_size": 2048, "weight_decay": 0.1, "ema_schedule": "published",
-            "mixed_precision": "bf16",
+            "mixed_precision": "bf16", "normalization": "all",
         },
     }  # fmt: skip
 
@@ -181,7 +183,7 @@ class TrainDitConfig(LabelledTrainConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "latentlm-medium-tokenizer": {
             "model": "DiT-Medium", "batch_size": 256, "steps": 200_000, "weight_decay": 0.1,
-            "ema_schedule": "published", "mixed_precision": "bf16",
+            "ema_schedule": "published", "mixed_precision": "bf16", "normalization": "all",
         },
         "dit": {
             "model": "DiT-XL", "batch_size": 256, "lr_schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0,

@@ -89,6 +89,11 @@ class ImageLoader:
         """Key of each file of this rank that could not be used so far → why."""
         return self._files.failures
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What the source left out, and `failures`."""
+        return {**self.source.left_out, **self.failures}
+
     def batch(self, step: int) -> dict[str, Any]:
         """This rank's share of the batch of a step counted from 0. Steps in sequence are fastest.
 

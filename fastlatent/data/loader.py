@@ -81,6 +81,11 @@ class LatentLoader:
         return self.order.steps_per_epoch
 
     @property
+    def left_out(self) -> dict[str, str]:
+        """Nothing: what could not be encoded is no sample of a dataset."""
+        return {}
+
+    @property
     def steps_per_epoch(self) -> int:
         """As the other loaders call it."""
         return len(self)

@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         The sequence is [class, x_0 … x_{N−2}]: output i conditions token i.
         """
         h = torch.cat([self.y_embedder(labels)[:, None], self.x_embedder(x[:, :-1])], dim=1)
-        cos, sin = self._rope_for(h)
+        cos, sin = self.rope_for(h)
         for block in self.blocks:
             h = run_block(block, h, cos[: h.shape[1]], sin[: h.shape[1]], again=self.gradient_checkpointing)
         return self.condition_layer(h)
@@ -211,7 +211,8 @@ class Transformer(nn.Module):
             h = run_block(block, h, c, again=self.gradient_checkpointing)
         return self.final_layer(h, c)
 
-    def _rope_for(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def rope_for(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [num_tokens, head_dim/2] in the dtype and on the device of h; made once."""
         key = (h.dtype, h.device)
         if key not in self._rope:
             cos, sin = rope_table(self.config.num_tokens, self.config.head_dim)

@@ -88,26 +88,38 @@ class UNetConfig:
         return ",".join(f"{name}:{count}" for name, count in self.conditions) or "none"
 
 
-def condition_vector(config: UNetConfig, values: Tensor, present: Tensor, dropped: Tensor) -> Tensor:
-    """What the model is given of a sample's conditions.
+class ConditionVectors:
+    """Makes what the model is given of samples' conditions.
 
     Missing (present 0), zero ((0 − mean)/std, present 1) and dropped (all 0 but the last) are three different things;
     the model's weights of the last number are the null that guidance contrasts with.
 
     Args:
-        values: floating [B, all numbers], raw, in the order of config.conditions; ignored where missing.
-        present: [B, names], 1 or 0.
-        dropped: [B], 1 or 0.
-
-    Returns:
-        [B, all numbers + names + 1] in the dtype of values.
+        config: what the conditions are.
+        device: of the tensors; its constants are put there once, because a copy at every step would wait for the GPU.
     """
-    mean, std = (values.new_tensor(numbers) for numbers in (config.condition_mean, config.condition_std))
-    present, dropped = present.to(values.dtype), dropped.to(values.dtype)[:, None]
-    counts = torch.tensor([count for _, count in config.conditions], device=values.device)
-    each = present.repeat_interleave(counts, dim=1, output_size=values.shape[1])
-    known = torch.where(each > 0, (values - mean) / std, 0)
-    return torch.cat([torch.cat([known, present], dim=1) * (1 - dropped), dropped], dim=1)
+
+    def __init__(self, config: UNetConfig, device: torch.device | str = "cpu") -> None:
+        numbers = torch.tensor([config.condition_mean, config.condition_std], dtype=torch.float64, device=device)
+        self._mean, self._std = numbers
+        names = [name for name, (_, count) in enumerate(config.conditions) for _ in range(count)]
+        self._name_of = torch.tensor(names, dtype=torch.int64, device=device)
+
+    def __call__(self, values: Tensor, present: Tensor, dropped: Tensor) -> Tensor:
+        """Condition vectors.
+
+        Args:
+            values: floating [B, all numbers], raw, in the order of config.conditions; ignored where missing.
+            present: [B, names], 1 or 0.
+            dropped: [B], 1 or 0.
+
+        Returns:
+            [B, all numbers + names + 1] in the dtype of values.
+        """
+        present, dropped = present.to(values.dtype), dropped.to(values.dtype)[:, None]
+        standard = (values - self._mean.to(values.dtype)) / self._std.to(values.dtype)
+        known = torch.where(present.index_select(1, self._name_of) > 0, standard, 0)
+        return torch.cat([torch.cat([known, present], dim=1) * (1 - dropped), dropped], dim=1)
 
 
 class ConditionalUNet(nn.Module):
@@ -143,7 +155,7 @@ class ConditionalUNet(nn.Module):
         Args:
             x: [B, C, H, W] in the weights' dtype.
             t: int64 [B], timesteps from 0 to 999.
-            vector: [B, vector_width] of `condition_vector`; None without conditions.
+            vector: [B, vector_width] of `ConditionVectors`; None without conditions.
 
         Returns:
             [B, C, H, W].

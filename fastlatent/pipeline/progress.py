@@ -45,7 +45,7 @@ class Progress:
         """Count `count` more; `note` stands at the end of the line."""
         self.done += count
         self._note = note or self._note
-        if time.monotonic() - self._shown >= (TERMINAL_SECONDS if self._terminal else PLAIN_SECONDS):
+        if self.total and time.monotonic() - self._shown >= (TERMINAL_SECONDS if self._terminal else PLAIN_SECONDS):
             self._show(last=False)
 
     def _show(self, *, last: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastlatent.sources.items import Column
@@ -56,13 +57,56 @@ def condition_values(conditions: tuple[tuple[str, int], ...], metadata: Mapping[
     vector: list[float] = []
     present: list[float] = []
     for name, count in conditions:
-        value = metadata.get(name)
-        if value is None and name == "wind_mag":
-            value = _norm(metadata.get("wind"))
-        numbers = [_number(one) for one in _as_list(value)[:count]]
+        numbers = [_number(one) for one in _as_list(_value(name, metadata))[:count]]
         present.append(float(bool(numbers) and None not in numbers))
         vector += [number or 0.0 for number in numbers] + [0.0] * (count - len(numbers))
     return {"condition": vector, "condition_present": present}
+
+
+def condition_remarks(
+    conditions: tuple[tuple[str, int], ...], samples: Iterable[tuple[str, Mapping[str, Any]]]
+) -> tuple[str, ...]:
+    """What `condition_values` fills in or cuts: a line for each condition and kind of problem, with how many samples
+    have it, and the first of them.
+
+    Args:
+        samples: (key, metadata) of each.
+    """
+    number, counts, first = 0, Counter[tuple[str, str]](), dict[tuple[str, str], str]()
+    for key, metadata in samples:
+        number += 1
+        for name, count in conditions:
+            if problem := _problem(_value(name, metadata), count):
+                counts[name, problem] += 1
+                first.setdefault((name, problem), key)
+    return tuple(
+        f"condition {name!r}: {counts[name, problem]:,} of {number:,} samples {text}; the first is {first[name, problem]!a}"
+        for name, count in conditions
+        for problem, text in _PROBLEMS.items()
+        if counts[name, problem]
+    )
+
+
+_PROBLEMS = {
+    "absent": "lack it",
+    "unusable": "have no finite number there, and count as lacking it",
+    "length": "hold another number of values than COUNT: cut, or filled with zeros",
+}
+
+
+def _problem(value: Any, count: int) -> str:
+    """Of a condition's value: a key of _PROBLEMS, or "" for none."""
+    if value is None:
+        return "absent"
+    values = _as_list(value)
+    if not values or None in map(_number, values[:count]):
+        return "unusable"
+    return "length" if len(values) != count else ""
+
+
+def _value(name: str, metadata: Mapping[str, Any]) -> Any:
+    value = metadata.get(name)
+    return _norm(metadata.get("wind")) if value is None and name == "wind_mag" else value
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -66,6 +66,7 @@ class Source:
     left_out: what was found and cannot be used -> why, in a line; nothing of it is among the items.
     ignored: suffix (".txt", "" for none) -> how many files of it were passed over.
     beside: files to copy beside the dataset when asked to (traj_data.pkl): relative POSIX path -> how to read it.
+    remarks: what the items' columns lack, or what was made to fit: lines to print.
     """
 
     items: Sequence[Item]
@@ -75,6 +76,7 @@ class Source:
     left_out: Mapping[str, str] = field(default_factory=_nothing)
     ignored: Mapping[str, int] = field(default_factory=_nothing)
     beside: Mapping[str, Callable[[], bytes]] = field(default_factory=_nothing)
+    remarks: tuple[str, ...] = ()
 
 
 def stamp_of(mtime_ns: int, attached: Mapping[str, Any]) -> int:

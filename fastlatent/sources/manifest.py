@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastlatent.sources.conditions import condition_columns, condition_values, parse_conditions
+from fastlatent.sources.conditions import condition_columns, condition_remarks, condition_values, parse_conditions
 from fastlatent.sources.files import Files, open_beside, open_files
 from fastlatent.sources.image_folder import CAPTION
 from fastlatent.sources.items import Item, Source, stamp_of
@@ -53,6 +53,7 @@ def scan_manifest(
 
     Every file is asked for its size and time, none is opened. What is missing, is named by an absolute path or one
     that leaves the root, or is named a second time is in left_out. Records of an unknown record_type are passed over.
+    remarks say which conditions are missing or unusable, and of how many images.
 
     Raises:
         ValueError: the manifest is missing or damaged, a sample comes before the set record (with the line's
@@ -85,11 +86,13 @@ def scan_manifest(
             "If the files lie elsewhere now, give their folder as the root"
         )
     text = (CAPTION,) if captions is not None else ()
+    keys = sorted(items, key=os.fsencode)
     return Source(
-        items=[items[key] for key in sorted(items, key=os.fsencode)],
+        items=[items[key] for key in keys],
         read=lambda item: owner[item.key].read(item.key),
         columns=(*text, *condition_columns(wanted)),
         left_out=left_out,
+        remarks=condition_remarks(wanted, ((key, named[key].metadata) for key in keys)),
     )
 
 

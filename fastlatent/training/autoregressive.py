@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastlatent.heads.latentlm import DiffusionBlock
@@ -70,6 +72,7 @@ class NextTokenObjective:
     ) -> None:
         self.batches, self.config = batches, config
         self.module: nn.Module = loss
+        self.model = loss.model
         self.batch_mul, self.flow_times, self.class_dropout_prob = batch_mul, flow_times, class_dropout_prob
         self.steps_per_epoch = batches.steps_per_epoch
 
@@ -85,8 +88,14 @@ class NextTokenObjective:
         }
 
     def compile(self) -> None:
+        # The table now: one that appears in the first step would have the model compiled twice.
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            self.model.rope_for(torch.empty(0, dtype=dtype, device=self.model.condition_layer.linear.weight.device))
         self.module.compile()
 
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, float]:
+    def left_out(self) -> Mapping[str, str]:
+        return self.batches.left_out
+
+    def save(self, folder: Path, weights: dict[str, Tensor], *, hurried: bool) -> dict[str, float]:
         save_checkpoint(folder, self.config, {name.removeprefix("model."): t for name, t in weights.items()})
         return {}

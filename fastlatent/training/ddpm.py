@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from fastlatent.diffusion.schedules import alphas_cumprod
 from fastlatent.diffusion.targets import add_noise, target
 from fastlatent.media.images import to_uint8
 from fastlatent.media.sheets import save_png, save_sheet
-from fastlatent.models.unet import ConditionalUNet, UNetConfig, condition_vector, save_unet, scheduler
+from fastlatent.models.unet import ConditionalUNet, ConditionVectors, UNetConfig, save_unet, scheduler
 from fastlatent.training.objective import Part
 
 SHEET_COLUMNS = 4
@@ -54,6 +54,9 @@ class Batches(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
 
+    @property
+    def left_out(self) -> Mapping[str, str]: ...
+
     def batch(self, step: int) -> dict[str, Any]: ...
 
 
@@ -66,6 +69,10 @@ class PixelBatches:
     @property
     def steps_per_epoch(self) -> int:
         return self.loader.steps_per_epoch
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        return self.loader.left_out
 
     def batch(self, step: int) -> dict[str, Any]:
         batch = self.loader.batch(step)
@@ -91,10 +98,15 @@ class Renormalised:
     def steps_per_epoch(self) -> int:
         return self.batches.steps_per_epoch
 
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        return self.batches.left_out
+
     def batch(self, step: int) -> dict[str, Any]:
         batch = self.batches.batch(step)
         latents = batch["latents"]
-        return {**batch, "latents": latents * self._scale.to(latents) + self._shift.to(latents)}
+        self._scale, self._shift = self._scale.to(latents), self._shift.to(latents)  # copies at the first step only
+        return {**batch, "latents": latents * self._scale + self._shift}
 
 
 class DdpmObjective:
@@ -133,8 +145,9 @@ class DdpmObjective:
         self.cond_dropout_prob, self.preview_steps = cond_dropout_prob, preview_steps
         self.previews, self.seed, self.device = previews, seed, device
         self.steps_per_epoch = batches.steps_per_epoch
+        self._vectors = ConditionVectors(config, device) if config.conditions else None
         # Now, and not at a checkpoint, where it would disturb the batches that are read ahead.
-        self._shown = self._first_conditions(previews).to(device) if config.conditions else None
+        self._shown = self._first_conditions(self._vectors, previews) if self._vectors else None
 
     def batch(self, step: int) -> dict[str, Any]:
         batch = self.batches.batch(step)
@@ -144,20 +157,23 @@ class DdpmObjective:
             "noise": draws.normal("noise", tuple(latents.shape[1:])),
             "t": draws.integers("t", len(self.loss.schedule)),
         }
-        if self.config.conditions:
+        if self._vectors is not None:
             dropped = draws.uniform("dropout") < self.cond_dropout_prob
-            made["vector"] = condition_vector(self.config, batch["condition"], batch["condition_present"], dropped)
+            made["vector"] = self._vectors(batch["condition"], batch["condition_present"], dropped)
         return made
 
     def compile(self) -> None:
         self.module.compile()
 
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, float]:
-        """Write what diffusers loads; and of the previews images/sample_step{N}_img{i}.png and preview.png."""
+    def left_out(self) -> Mapping[str, str]:
+        return self.batches.left_out
+
+    def save(self, folder: Path, weights: dict[str, Tensor], *, hurried: bool) -> dict[str, float]:
+        """Write what diffusers loads; and, unless `hurried`, previews: images/sample_step{N}_img{i}.png, preview.png."""
         names = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         model = self.loss.model.with_weights(names)
         save_unet(folder, model, self.config)
-        if self.decode is None:
+        if self.decode is None or hurried:
             return {}
         pixels = self.decode(self._preview(model.to(self.device, torch.float32)))
         # Weights of a run that is about to diverge give NaN; the next step's loss tells, and must be reached.
@@ -183,13 +199,13 @@ class DdpmObjective:
         mean, std = (x.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
         return x * std + mean
 
-    def _first_conditions(self, count: int) -> Tensor:
+    def _first_conditions(self, vectors: ConditionVectors, count: int) -> Tensor:
         """Condition vectors [count, K] of the first batches' samples, again from the first where those are too few."""
         found: list[Tensor] = []
         for step in range(self.steps_per_epoch):
             batch = self.batches.batch(step)
             values, present = batch["condition"], batch["condition_present"]
-            found += condition_vector(self.config, values, present, torch.zeros_like(present[:, 0])).unbind()
+            found += vectors(values, present, torch.zeros_like(present[:, 0])).unbind()
             if len(found) >= count:
                 break
         return torch.stack([found[i % len(found)] for i in range(count)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,9 @@ class DitObjective:
     def compile(self) -> None:
         self.module.compile()
 
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, float]:
+    def left_out(self) -> Mapping[str, str]:
+        return self.batches.left_out
+
+    def save(self, folder: Path, weights: dict[str, Tensor], *, hurried: bool) -> dict[str, float]:
         save_checkpoint(folder, self.config, {name.removeprefix("model."): t for name, t in weights.items()})
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,9 @@ class StoredBatches(Protocol):
 
     @property
     def steps_per_epoch(self) -> int: ...
+
+    @property
+    def left_out(self) -> Mapping[str, str]: ...
 
     def batch(self, step: int) -> dict[str, Any]: ...
 
@@ -51,6 +54,11 @@ class LatentBatches:
     def steps_per_epoch(self) -> int:
         """Steps in which every sample is seen once."""
         return self.loader.steps_per_epoch
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Files that this process could not use so far → why."""
+        return self.loader.left_out
 
     def batch(self, step: int) -> dict[str, Any]:
         """This process's share of a step's batch.

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastlatent.store.files import write_atomic
 
 LOG = "log.jsonl"
 VALIDATION = "validation.jsonl"
+LEFT_OUT = "left_out.txt"
 # Losses stay on the device until so many steps are logged at once: reading one waits for the GPU.
 FLUSH_STEPS = 20
 CURVE_POINTS = 500  # means of so many points: a curve of 200,000 steps is otherwise a band
@@ -39,7 +40,7 @@ class Log:
         is_main: whether this process writes.
         trackers: names of TRACKERS.
         config: the resolved settings, for the trackers.
-        overflows: whether steps with gradients that are not finite are left out and not a divergence (fp16).
+        overflows: whether single steps with gradients that are not finite are left out, and no divergence (fp16).
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Log:
         overflows: bool = False,
     ) -> None:
         self.folder, self._mean, self._main = folder, mean, is_main
-        self._must_be_finite = ("loss",) if overflows else ("loss", "grad_norm")
+        self._overflows = overflows
         self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self._trackers: list[GeneralTracker] = []
+        self._left_out = 0
         kept = [line for line in lines(folder / LOG) if line["step"] < begin]
         self.last_loss: float | None = kept[-1]["loss"] if kept else None
         if is_main:
@@ -91,12 +93,16 @@ class Log:
             for tracker in self._trackers:
                 for record in records:
                     tracker.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        # A scale that is too large is halved with every overflow: so many in a row are no matter of scale.
+        overflows = self._overflows and not (
+            len(records) == FLUSH_STEPS and not any(math.isfinite(record["grad_norm"]) for record in records)
+        )
         for record in records:
-            for name in self._must_be_finite:
+            for name in ("loss",) if overflows else ("loss", "grad_norm"):
                 if not math.isfinite(record[name]):
                     raise ValueError(
-                        f"{name} became {record[name]} at step {record['step']}: the run diverged. Its newest "
-                        f"checkpoint in {self.folder} is from before that; use a lower --learning-rate in another --out"
+                        f"{name} became {record[name]} at step {record['step']}: the run diverged. Every checkpoint in "
+                        f"{self.folder} is from before that; use a lower --learning-rate in another --out"
                     )
 
     def checkpoint(self, step: int, measured: dict[str, float], pictures: list[Path]) -> None:
@@ -106,9 +112,20 @@ class Log:
         for tracker in self._trackers:
             if measured:
                 tracker.log({f"validation/{name}": value for name, value in measured.items()}, step=step)
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             for picture in pictures:
-                pixels = np.atleast_3d(np.asarray(Image.open(picture)))[None]
-                tracker.log_images({picture.stem: pixels}, step=step)
+                pixels = np.asarray(Image.open(picture).convert("RGB"))[None]
+                tracker.log_images({picture.stem: pixels}, step=step, **layout)
+
+    def left_out(self, reasons: Mapping[str, str]) -> None:
+        """Keep the files that cannot be used, and why, in left_out.txt, and say so where they have become more."""
+        if len(reasons) <= self._left_out:
+            return
+        self._left_out = len(reasons)
+        text = "".join(f"{key!a}: {reason}\n" for key, reason in sorted(reasons.items()))
+        write_atomic(self.folder / LEFT_OUT, text.encode())
+        key, reason = next(iter(reasons.items()))
+        print(f"{len(reasons):,} files cannot be used, see {self.folder / LEFT_OUT}; {key!a}: {reason}", flush=True)
 
     def finish(self) -> None:
         """Draw the curves and close the trackers; the main process only."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,8 @@ class Trainer:
         self.module = objective.module.to(team.device).train()
         if settings.compile:
             objective.compile()
-        self.wrapped = team.wrap(self.module, objective.blocks, shard=settings.fsdp)
+        half = torch.bfloat16 if settings.mixed_precision == "bf16" else None
+        self.wrapped = team.wrap(self.module, objective.blocks, shard=settings.fsdp, half=half)
         self.optimisers = make_optimisers(
             self.module, objective.parts, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps,
             weight_decay=settings.weight_decay,
@@ -114,11 +114,14 @@ class Trainer:
         return torch.autocast(self.team.device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def train(objective: Objective, run: Path, settings: LoopSettings, team: Team) -> None:
+def train(
+    objective: Objective, run: Path, settings: LoopSettings, team: Team, config: Mapping[str, Any] | None = None
+) -> None:
     """Train to `settings.steps`, from the newest checkpoint in `run` if there is one.
 
     Everything random is a function of (seed, epoch, sample), so an interrupted run gives the same losses as one that
-    was not, and several processes the same as one but for rounding. What is logged: see `Log`.
+    was not, and several processes the same as one but for rounding. What is logged: see `Log`. `config` is what
+    trackers show as the run's settings.
 
     Raises:
         ValueError: the loss became NaN or infinite; the newest checkpoint is from before that.
@@ -129,23 +132,34 @@ def train(objective: Objective, run: Path, settings: LoopSettings, team: Team) -
     begin = trainer.state.restore(run)
     log = Log(
         run, begin, mean=team.mean, is_main=team.is_main, trackers=settings.trackers,
-        config=dataclasses.asdict(settings), overflows=trainer.scaler is not None,
+        config=config or {}, overflows=trainer.scaler is not None,
     )  # fmt: skip
 
-    def save(step: int) -> None:
+    def save(step: int, *, hurried: bool) -> None:
         log.flush()  # raises where the run has diverged: such weights are not kept
         tensors = trainer.state.collect(keep=team.is_main)
-        team.on_main(lambda: _write(objective, run, step, tensors, settings.keep_checkpoints, log))
+        left_out = team.gather(dict(objective.left_out()))
 
-    with StopRequest() as stop, Progress("train", settings.steps if team.is_main else 0, "steps", begin) as progress:
-        for step in range(begin, settings.steps):
-            log.add(step, settings.learning_rate * schedule(settings, step), trainer.step(step))
-            progress.advance(note=f"loss {log.last_loss:.4g}" if log.last_loss is not None else "")
-            stop.requested = team.any(stop.requested)
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or stop.requested:
-                save(step + 1)
-            stop.check()
-    team.on_main(log.finish)
+        def write() -> None:
+            log.left_out(left_out)
+            _write(objective, run, step, tensors, settings.keep_checkpoints, log, hurried=hurried)
+
+        team.on_main(write)
+
+    total = settings.steps if team.is_main else 0
+    try:
+        with StopRequest() as stop, Progress("train", total, "steps", begin) as progress:
+            for step in range(begin, settings.steps):
+                log.add(step, settings.learning_rate * schedule(settings, step), trainer.step(step))
+                progress.advance(note=f"loss {log.last_loss:.4g}" if log.last_loss is not None else "")
+                stop.requested = team.any(stop.requested)
+                last = step + 1 == settings.steps
+                if last or (step + 1) % settings.checkpoint_every == 0 or stop.requested:
+                    save(step + 1, hurried=stop.requested and not last)
+                stop.check()
+    finally:
+        if team.is_main:
+            log.finish()
 
 
 def schedule(settings: LoopSettings, step: int) -> float:
@@ -165,7 +179,9 @@ def _divide(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
     return [{k: v[i::count] if isinstance(v, Tensor) else v for k, v in batch.items()} for i in range(count)]
 
 
-def _write(objective: Objective, run: Path, step: int, tensors: dict[str, Tensor], keep: int, log: Log) -> None:
+def _write(
+    objective: Objective, run: Path, step: int, tensors: dict[str, Tensor], keep: int, log: Log, *, hurried: bool
+) -> None:
     """One checkpoint: what users load, of the average where there is one, and the training state."""
     weights = {
         name.removeprefix(prefix): tensor
@@ -176,7 +192,7 @@ def _write(objective: Objective, run: Path, step: int, tensors: dict[str, Tensor
     measured: dict[str, float] = {}
 
     def write(folder: Path) -> None:
-        measured.update(objective.save(folder, weights))
+        measured.update(objective.save(folder, weights, hurried=hurried))
         write_state(folder, tensors)
 
     written = checkpoints.save(run, step, write, keep)

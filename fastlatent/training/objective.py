@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,10 +52,15 @@ class Objective(Protocol):
         """Put torch.compile on what gains from it, in place."""
         ...
 
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, float]:
+    def save(self, folder: Path, weights: dict[str, Tensor], *, hurried: bool) -> dict[str, float]:
         """Write what users load, and pictures, into an empty folder. Only the main process calls it.
 
         `weights` are those of the module under its parameters' names, float32 on the CPU: the average where there is
-        one. Returns what was measured on held-out data, to log.
+        one. `hurried`: a stop was asked for, and who asked may not wait: weights only. Returns what was measured on
+        held-out data, to log.
         """
+        ...
+
+    def left_out(self) -> Mapping[str, str]:
+        """Files that this process could not use so far → why."""
         ...

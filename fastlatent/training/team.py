@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -14,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 T = TypeVar("T")
@@ -53,18 +55,30 @@ class Team:
             self.accelerator.end_training()
             AcceleratorState._reset_state(reset_partial_state=True)
 
-    def wrap(self, module: nn.Module, blocks: tuple[type[nn.Module], ...], *, shard: bool) -> nn.Module:
-        """The module that averages gradients over the processes; with `shard` each holds a part of every weight."""
+    def wrap(
+        self, module: nn.Module, blocks: tuple[type[nn.Module], ...], *, shard: bool, half: torch.dtype | None = None
+    ) -> nn.Module:
+        """The module that averages gradients over the processes; with `shard` each holds a part of every weight.
+
+        `half`: what autocast computes in. Sharded weights are then gathered in it: autocast alone would keep a copy of
+        every layer's from the forward to the backward pass.
+        """
         if self.world_size == 1:
             return module
         if not shard:
-            return self.accelerator.prepare_model(module)
+            with warnings.catch_warnings():
+                # torch 2.13 calls `broadcast_buffers` deprecated; what replaces it is not in 2.11.
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                return self.accelerator.prepare_model(module)
         if not blocks:
             raise ValueError("--fsdp: this model is trained whole on every device (DDP); leave out --fsdp")
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        # Inputs stay what they are: latents and noise are more exact than the weights.
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
         for layer in module.modules():
             if isinstance(layer, blocks):
-                fully_shard(layer)
-        fully_shard(module)
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
         if self.device.type == "cpu":  # gloo has sums, but no averages
             for layer in module.modules():
                 if isinstance(layer, FSDPModule):
@@ -95,6 +109,14 @@ class Team:
         flags = torch.tensor([flag], dtype=torch.int32)
         dist.all_reduce(flags, dist.ReduceOp.MAX, self._group)
         return bool(flags)
+
+    def gather(self, mine: dict[str, str]) -> dict[str, str]:
+        """The entries of all processes together, in the main one; elsewhere nothing. All must take part."""
+        if self._group is None:
+            return mine
+        found: list[dict[str, str]] | None = [{}] * self.world_size if self.is_main else None
+        dist.gather_object(mine, found, dst=0, group=self._group)
+        return {key: value for part in found or () for key, value in part.items()}
 
     def on_main(self, action: Callable[[], T]) -> T | None:
         """What `action` returns in the main process, where alone it runs; None in the others, which wait. What it

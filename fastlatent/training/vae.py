@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from fastlatent.training.objective import Part
 from fastlatent.training.vae_networks import LatentStatistics, Network
 
 PREVIEW_IMAGES = 8
+STATISTICS = "latent_statistics.json"
 _DISCRIMINATOR = "discriminator."
 LDM_KL_WEIGHT = 1e-6
 
@@ -141,6 +142,9 @@ class VaeObjective:
         disc_learning_rate, disc_start: of the adversary, and the first step with it.
     """
 
+    # The adaptive weight takes the gradient of the last layer's weight, which a process must have whole.
+    blocks: tuple[type[nn.Module], ...] = ()
+
     def __init__(
         self,
         loader: ImageLoader,
@@ -161,8 +165,8 @@ class VaeObjective:
         self.parts: tuple[Part, ...] = ()
         if loss.discriminator is not None:
             self.parts = (Part(_DISCRIMINATOR, disc_learning_rate, disc_start),)
-        self.blocks = loss.network.blocks
         self.steps_per_epoch = loader.steps_per_epoch
+        self._last_measured: LatentStatistics | None = None
 
     def batch(self, step: int) -> dict[str, Any]:
         images = self.loader.batch(step)
@@ -179,13 +183,24 @@ class VaeObjective:
     def compile(self) -> None:
         self.loss.network.compile(adversarial=bool(self.parts))
 
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, float]:
-        """Write the autoencoder with its latents' statistics, preview.png (images above their reconstructions), and
-        validation.json where there are images for it."""
+    def left_out(self) -> Mapping[str, str]:
+        return self.loader.left_out
+
+    def save(self, folder: Path, weights: dict[str, Tensor], *, hurried: bool) -> dict[str, float]:
+        """Write the autoencoder with its latents' statistics (also in latent_statistics.json, with their number),
+        preview.png (images above their reconstructions), and validation.json where there are images for it; `hurried`
+        the autoencoder alone, with the statistics that were measured last."""
         mine = {name.removeprefix("model."): w.float() for name, w in weights.items() if name.startswith("model.")}
         network = self.loss.network.copy(mine, self.device)
         with torch.inference_mode():
-            network.save(folder, self._statistics(network))
+            if not hurried:
+                self._last_measured = self._statistics(network)
+            network.save(folder, self._last_measured)
+            if self._last_measured is not None:
+                values = {"count": self._last_measured.count, **self._last_measured.entries()}
+                (folder / STATISTICS).write_text(json.dumps(values) + "\n", encoding="utf-8")
+            if hurried:
+                return {}
             self._preview(network, folder / "preview.png")
             return self._validate(network, folder / "validation.json")
 

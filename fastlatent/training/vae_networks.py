@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,22 +41,25 @@ class LatentStatistics:
         }
 
 
+# What a config says of latents that were not measured; that of --init would be about other weights.
+UNMEASURED: dict[str, Any] = {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": None, "latents_std": None}
+
+
 class Network(Protocol):
     """An autoencoder in training.
 
     Attributes:
         model: holds the weights, under the names that they are saved with.
-        channels: of an image. latent_shape: (C, h, w) of an image's latent.
+        channels, size: of an image; size is its side. latent_shape: (C, h, w) of its latent.
         has_posterior: whether a variance is learned, and stored with latents.
         last: the decoder's last layer.
-        blocks: classes of the repeated layers.
     """
 
     model: nn.Module
     channels: int
+    size: int
     latent_shape: tuple[int, int, int]
     has_posterior: bool
-    blocks: tuple[type[nn.Module], ...]
 
     @property
     def last(self) -> nn.Conv2d | nn.Linear: ...
@@ -104,7 +106,6 @@ class KlNetwork:
     """diffusers' AutoencoderKL: the posterior has a mean and a variance per value, log-variances in [−30, 20]."""
 
     has_posterior = True
-    blocks: tuple[type[nn.Module], ...] = (DownEncoderBlock2D, UpDecoderBlock2D, UNetMidBlock2D)
 
     def __init__(self, model: AutoencoderKL, size: int) -> None:
         self.model: Any = model
@@ -140,10 +141,9 @@ class KlNetwork:
         self.model.enable_gradient_checkpointing()
 
     def compile(self, *, adversarial: bool) -> None:
-        self.model.encoder.compile()
         decoder = self.model.decoder
-        for part in (decoder.mid_block, *decoder.up_blocks) if adversarial else (decoder,):
-            part.compile()
+        parts = (decoder.mid_block, *decoder.up_blocks) if adversarial else (decoder,)
+        _compile(self.model.encoder, *parts)
 
     def copy(self, weights: Mapping[str, Tensor], device: torch.device) -> KlNetwork:
         with torch.device("meta"):
@@ -152,7 +152,7 @@ class KlNetwork:
         return KlNetwork(model.eval().requires_grad_(False).to(device), self.size)
 
     def save(self, folder: Path, statistics: LatentStatistics | None) -> None:
-        self.model.register_to_config(**(statistics.entries() if statistics else {}))
+        self.model.register_to_config(**(statistics.entries() if statistics else UNMEASURED))
         self.model.save_pretrained(folder)
 
 
@@ -161,7 +161,6 @@ class SigmaNetwork:
     image. What stands for the KL divergence is μ², as published: twice the divergence, but for a constant."""
 
     has_posterior = False
-    blocks: tuple[type[nn.Module], ...] = (Beit3Layer, VitBlock)
 
     def __init__(self, model: SigmaVaeNetwork, config: Mapping[str, Any]) -> None:
         self.model: Any = model
@@ -191,13 +190,12 @@ class SigmaNetwork:
 
     def checkpoint_gradients(self) -> None:
         for part in self.model.modules():
-            if isinstance(part, self.blocks):
+            if isinstance(part, (Beit3Layer, VitBlock)):
                 again = functools.partial(checkpoint, part.forward, use_reentrant=False)
                 part.forward = again
 
     def compile(self, *, adversarial: bool) -> None:
-        self.model.encoder.compile()
-        self.model.decoder.compile()  # `last` is not part of it
+        _compile(self.model.encoder, self.model.decoder)  # `last` is not part of it
 
     def copy(self, weights: Mapping[str, Tensor], device: torch.device) -> SigmaNetwork:
         with torch.device("meta"):
@@ -206,9 +204,17 @@ class SigmaNetwork:
         return SigmaNetwork(model.eval().requires_grad_(False).to(device), self.config)
 
     def save(self, folder: Path, statistics: LatentStatistics | None) -> None:
-        config = self.config | (statistics.entries() if statistics else {})
+        config = {name: value for name, value in self.config.items() if name not in UNMEASURED}
+        config |= statistics.entries() if statistics else {}
         weights = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
         torch.save({"config": config, "model": weights}, folder / FILE)
+
+
+def _compile(*parts: nn.Module) -> None:
+    for part in parts:
+        # All modules are called through the same code, so that without dynamic=False the second one's other shapes
+        # would count as the first one's, changed, and all that follow would be compiled for dynamic shapes.
+        part.compile(dynamic=False)
 
 
 def new_kl(

@@ -60,13 +60,15 @@ def plan(setup: EncodeSetup, writer: DatasetWriter, on_scan: Callable[[int, int]
 
 
 def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
-    """Print what is to be done: images, bytes, space, time; refuse what does not fit.
+    """Print what the source remarks, and what is to be done: images, bytes, space, time; refuse what does not fit.
 
     The bytes are exact if no file is left out; embeddings of T5, whose lengths are not known yet, count as the longest.
 
     Raises:
         ValueError: the disk has less room than the shards will take.
     """
+    for remark in setup.source.remarks:
+        print(remark, flush=True)
     count = sum(len(unit.items) for unit in units)
     if not count:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,20 +32,23 @@ from fastlatent.store.reader import PROVENANCE
 from fastlatent.store.records import ROOT
 from fastlatent.store.statistics import Statistics
 from fastlatent.training.latents import CONDITION_COLUMNS, LatentBatches
+from fastlatent.workflows.condition_statistics import Conditions, condition_statistics
+from fastlatent.workflows.encode_setup import parse_range
 from fastlatent.workflows.runtime import refuse_output_in_source
 
 if TYPE_CHECKING:
     from fastlatent.workflows.train import Run
 
 STATISTICS = "statistics.json"
-LEFT_OUT = "left_out.txt"
 # Images that are encoded together to measure mean and std: always the same ones, whatever the number of processes,
 # because a convolution's last bits depend on its batch.
 MEASURED_TOGETHER = 16
 _MEASURE_ID = 0x6D656173757265  # "measure": which images are measured is drawn apart from their order
 _CONDITION_ROWS = 65536
-
-Conditions = tuple[tuple[str, int], ...]
+# Settings of LatentTrainConfig that images use, and datasets do not.
+_FOR_IMAGES = {
+    "split", "manifest_root", "size", "mirror", "preserve_input_precision", "input_range", "latent_statistics",
+}  # fmt: skip
 
 
 class LatentSource(ABC):
@@ -59,7 +62,7 @@ class LatentSource(ABC):
         vae: identity of the autoencoder, and the "path" it had; what a checkpoint keeps.
         conditions: (name, how many numbers) of each condition, in the order of the vector.
         data: JSON that changes with the training data.
-        left_out: what could not be used so far -> why; of images.
+        unused: settings that change nothing here, or nothing that `data` does not tell.
     """
 
     channels: int
@@ -70,10 +73,7 @@ class LatentSource(ABC):
     vae: dict[str, Any]
     conditions: Conditions
     data: Any
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        return {}
+    unused = frozenset({"latents", "vae"})  # data holds what they name: digests of the samples, identity of the weights
 
     @abstractmethod
     def batches(self, run: Run, config: LatentTrainConfig) -> tuple[LatentBatches, list[float], list[float]]:
@@ -91,23 +91,10 @@ class LatentSource(ABC):
     def condition_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and std of each number of the condition vector, over the samples that have it.
 
-        A number that no sample has gets 0 and 1; one that is the same everywhere gets the std 1.
+        Raises:
+            ValueError: no sample has one of the conditions.
         """
-        widths = [width for _, width in self.conditions]
-        count, mean, m2 = np.zeros(sum(widths)), np.zeros(sum(widths)), np.zeros(sum(widths))
-        for values, present in self._condition_rows():
-            here = np.repeat(np.asarray(present) > 0, widths, axis=1)
-            values = np.where(here, np.asarray(values, np.float64), 0.0)
-            number = here.sum(0)
-            part = values.sum(0) / np.maximum(number, 1)
-            deviation = np.where(here, values - part, 0.0)
-            total = np.maximum(count + number, 1)
-            # Chan, Golub and LeVeque (1979), as Statistics.merge.
-            m2 += np.square(deviation).sum(0) + np.square(part - mean) * count * number / total
-            mean += (part - mean) * number / total
-            count += number
-        std = np.sqrt(m2 / np.maximum(count, 1))
-        return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
+        return condition_statistics(self.conditions, self._condition_rows())
 
 
 def open_latents(config: LatentTrainConfig) -> LatentSource:
@@ -116,6 +103,7 @@ def open_latents(config: LatentTrainConfig) -> LatentSource:
     Raises:
         ValueError: nothing usable is there; it does not fit the other settings; no square latents of one shape.
     """
+    refuse_output_in_source(config.out, config.latents)
     path = Path(config.latents)
     if (path / ROOT).exists() or (path / PROVENANCE).exists():
         return _DatasetSource(config)
@@ -151,9 +139,12 @@ def _normalization(config: LatentTrainConfig, mean: np.ndarray, std: np.ndarray)
 
 
 class _DatasetSource(LatentSource):
+    unused = LatentSource.unused | _FOR_IMAGES
+
     def __init__(self, config: LatentTrainConfig) -> None:
-        flags = {"--vae": config.vae, "--split": config.split, "--manifest-root": config.manifest_root}
-        given = [name for name, value in flags.items() if value is not None] + ["--mirror"] * config.mirror
+        flags = {"--vae": config.vae, "--split": config.split, "--manifest-root": config.manifest_root, "--input-range": config.input_range}
+        given = [name for name, value in flags.items() if value is not None]
+        given += ["--no-preserve-input-precision"] * (not config.preserve_input_precision) + ["--mirror"] * config.mirror
         if given:
             raise ValueError(
                 f"{config.latents} is a dataset, and {', '.join(given)} is for images: leave it out"
@@ -245,7 +236,6 @@ def _places(known: Conditions, wanted: Conditions) -> tuple[list[int], list[int]
 class _ImageSource(LatentSource):
     def __init__(self, config: LatentTrainConfig) -> None:
         assert config.vae is not None
-        refuse_output_in_source(config.out, config.latents)
         self.path = config.latents
         spec = _wanted(config) or "none"
         self.source = open_source(config.latents, split=config.split, conditions=spec, root=config.manifest_root)
@@ -263,7 +253,7 @@ class _ImageSource(LatentSource):
                 f"--size {size}: this autoencoder needs a multiple of {multiple}; the nearest: "
                 f"{' and '.join(map(str, near))}"
             )
-        self._images: ImageLoader | None = None
+        self._input_range = parse_range(config.input_range) if config.input_range else None
         self._encoder, self.has_posterior = vae.encoder(), vae.has_posterior
         self.pixel_channels = vae.pixel_channels
         self.channels, self.side, self.count = vae.latent_channels, size // vae.downsample, len(items)
@@ -276,26 +266,24 @@ class _ImageSource(LatentSource):
         self.data = [vae.identity(), self.classes, digest.hexdigest()]
 
     def batches(self, run: Run, config: LatentTrainConfig) -> tuple[LatentBatches, list[float], list[float]]:
-        images = self._images = ImageLoader(
+        images = ImageLoader(
             self.source, config.batch_size, size=config.size, channels=self.pixel_channels, mirror=config.mirror,
             seed=config.seed, rank=run.rank, world_size=run.world_size, device=run.device,
+            preserve_input_precision=config.preserve_input_precision, input_range=self._input_range,
         )  # fmt: skip
         if run.rank == 0:
+            for remark in self.source.remarks:
+                print(remark)
             print(
                 f"latents of images from {self.path}, which {config.vae} encodes every time anew: {self.count:,} "
                 "(`fastlatent encode` would do it once)",
                 flush=True,
             )
-        run.team.on_main(lambda: report_left_out(run.folder, self.left_out))
         self._encoder.to(run.device)
         measured = self._statistics(run, config, images)
         mean, std = _normalization(config, measured.latent_mean, measured.latent_std)
         loader = EncodedLoader(images, self._encode, self.has_posterior)
         return LatentBatches(loader, mean=torch.tensor(mean), std=torch.tensor(std), seed=config.seed), mean, std
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        return {**self.source.left_out, **(self._images.failures if self._images else {})}
 
     def _encode(self, pixels: Tensor) -> Tensor:
         encoded: Tensor = self._encoder(pixels)
@@ -314,7 +302,10 @@ class _ImageSource(LatentSource):
         Each process measures a part. All merge the parts in one order, so their number changes no bit.
         """
         file = run.folder / STATISTICS
-        settings = [self.data, config.size, config.mirror, config.latent_statistics, config.seed]
+        settings = [
+            self.data, config.size, config.mirror, config.preserve_input_precision, self._input_range,
+            config.latent_statistics, config.seed,
+        ]  # fmt: skip
         what = xxhash.xxh3_128_hexdigest(canonical_json(settings))
         kept = run.team.on_main(lambda: _kept_statistics(file, what))
         if run.world_size > 1:  # what one process finds, all take: files of a network appear at different times
@@ -375,14 +366,3 @@ def _kept_statistics(file: Path, what: str) -> dict[str, Any] | None:
         return None  # of a run in this folder that never came to a checkpoint
     Statistics.from_dict(value, str(file))
     return value
-
-
-def report_left_out(folder: Path, left_out: Mapping[str, str]) -> None:
-    """Count and name the files that could not be used, and list them in folder/left_out.txt."""
-    if not left_out:
-        return
-    lines = [f"{key!a}: {reason}" for key, reason in left_out.items()]
-    write_atomic(folder / LEFT_OUT, "".join(f"{line}\n" for line in lines).encode())
-    print(f"{len(lines):,} files were left out, as {folder / LEFT_OUT} lists:", flush=True)
-    for line in lines[:5]:
-        print(f"  {line}", flush=True)

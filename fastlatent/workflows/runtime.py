@@ -25,14 +25,17 @@ DTYPES = {
 
 
 def set_up(device: str, threads: int) -> torch.device:
-    """The device, with CPU threads set (0: all cores). "auto" and "cuda" are this process's own GPU where a launcher
+    """The device, with CPU threads set (0: all cores, or under a launcher this process's share of them).
+
+    "auto" and "cuda" are this process's own GPU where a launcher
     (torchrun, Slurm) says which of the node's processes it is.
 
     Raises:
         ValueError: the device is not there or not a device.
     """
     _keep_freed_memory()
-    torch.set_num_threads(threads or available_cores())
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
+    torch.set_num_threads(threads or max(1, available_cores() // processes))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))

@@ -17,7 +17,7 @@ from fastlatent.diffusion.solvers import SolverTable, build_table
 from fastlatent.models.checkpoint import AnyCheckpointConfig, CheckpointConfig, DiTCheckpointConfig, load_checkpoint
 from fastlatent.models.dit import DiT
 from fastlatent.models.transformer import Transformer
-from fastlatent.models.unet import condition_vector, find_unet, load_unet
+from fastlatent.models.unet import ConditionVectors, find_unet, load_unet
 from fastlatent.sampling.autoregressive import NextTokenSampler
 from fastlatent.sampling.parallel import Denoise, ParallelSampler
 from fastlatent.workflows.runtime import DTYPES
@@ -120,6 +120,11 @@ def _table(config: SampleConfig, steps: int, prediction_type: str, beta_schedule
     solver = config.solver
     if solver == "auto":
         solver = "euler" if prediction_type == "flow" else "dpmsolver++"
+    if (solver == "euler") != (prediction_type == "flow"):
+        raise ValueError(
+            f"--solver {solver} is {'for flow' if solver == 'euler' else 'not for flow'}; {config.checkpoint} predicts "
+            f"{prediction_type}: leave --solver out"
+        )
     return build_table(solver, steps, prediction_type, beta_schedule)
 
 
@@ -174,10 +179,11 @@ def _unet_samples(config: SampleConfig, device: torch.device) -> Samples:
         # Nothing given is what training calls dropped: all-missing is something else, and may never have been trained.
         numbers = sum(dims for _, dims in unet.conditions)
         nothing = torch.zeros(1, numbers, dtype=torch.float64), torch.zeros(1, len(unet.conditions))
-        dropped = condition_vector(unet, *nothing, torch.ones(1))
+        vectors = ConditionVectors(unet)
+        dropped = vectors(*nothing, torch.ones(1))
         if objects:
             values, present = condition_rows(objects, unet.conditions)
-            rows, null = condition_vector(unet, values, present, torch.zeros(len(objects))), dropped[0]
+            rows, null = vectors(values, present, torch.zeros(len(objects))), dropped[0]
         else:
             rows = dropped
         rows = rows[torch.arange(count) % len(rows)]

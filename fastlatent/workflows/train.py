@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,14 @@ from fastlatent.training.log import check_trackers
 from fastlatent.training.loop import LoopSettings, train
 from fastlatent.training.objective import Objective
 from fastlatent.training.team import Team, check_launcher
-from fastlatent.workflows.runtime import available_cores, keep_config, set_up
+from fastlatent.workflows.runtime import keep_config, set_up
 
 CONFIG = "train.yaml"
 SETTINGS = ".settings.json"  # what a resumed run is compared with
 # What may differ between the runs that one training consists of, without changing its losses but for rounding.
 _FREE = {
-    "out", "preset", "device", "threads", "checkpoint_every", "keep_checkpoints", "accumulate", "compile",
-    "gradient_checkpointing", "fsdp", "trackers", "init", "preview_images", "preview_inference_steps", "validation",
+    "out", "source", "latents", "vae", "preset", "device", "threads", "checkpoint_every", "keep_checkpoints",
+    "accumulate", "compile", "gradient_checkpointing", "fsdp", "trackers", "init", "preview_images", "preview_inference_steps", "validation",
     "validation_split", "validation_images", "lpips_weights",
 }  # fmt: skip
 
@@ -60,10 +59,11 @@ class Run:
 
 
 @contextlib.contextmanager
-def training_run(config: TrainConfig, data: Any) -> Iterator[Run]:
+def training_run(config: TrainConfig, data: Any, unused: frozenset[str] = frozenset()) -> Iterator[Run]:
     """Hold the run folder for one training, with its config kept and compared; seeds the initial weights.
 
     `data` is JSON that changes whenever the training data does: a run never goes on with other data than it began with.
+    `unused` are settings that change nothing here, or nothing that `data` does not tell.
 
     Raises:
         ValueError: the folder holds something else, a run with other settings, or one that is going on; the processes
@@ -74,15 +74,15 @@ def training_run(config: TrainConfig, data: Any) -> Iterator[Run]:
     if config.fsdp and config.mixed_precision == "fp16":
         raise ValueError("--fsdp with --mixed-precision fp16: its gradient scale is not shared; use bf16")
     run = Path(config.out)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    team = Team(set_up(config.device, config.threads or max(1, available_cores() // processes)))
+    team = Team(set_up(config.device, config.threads))
     shares = team.world_size * config.accumulate
     if config.batch_size % shares:
         raise ValueError(
             f"--batch-size {config.batch_size} must be a multiple of {shares}: {team.world_size} processes times "
             f"--accumulate {config.accumulate}; use {max(shares, config.batch_size // shares * shares)}"
         )
-    lock = team.on_main(lambda: _hold(run, config, data))
+    now = _settings(config, unused) | {"data": xxhash.xxh3_128_hexdigest(canonical_json(data))}
+    lock = team.on_main(lambda: _hold(run, config, now))
     try:
         found = checkpoints(run)
         begin = step_of(found[-1]) if found else 0
@@ -94,11 +94,14 @@ def training_run(config: TrainConfig, data: Any) -> Iterator[Run]:
             lock.release()
 
 
-def _hold(run: Path, config: TrainConfig, data: Any) -> Lock:
-    run.mkdir(parents=True, exist_ok=True)
+def _hold(run: Path, config: TrainConfig, now: dict[str, Any]) -> Lock:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {run}: expected a folder, or a place for one: {error.strerror}") from None
     lock = Lock(run)
     try:
-        _compare(run, _settings(config) | {"data": xxhash.xxh3_128_hexdigest(canonical_json(data))})
+        _compare(run, now)
         keep_config(run / CONFIG, config)
     except BaseException:
         lock.release()
@@ -134,9 +137,12 @@ def _compare(run: Path, now: dict[str, Any]) -> None:
     write_atomic(previous, canonical_json(now))
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
+def _settings(config: TrainConfig, unused: frozenset[str]) -> dict[str, Any]:
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    return {k: v for k, v in values.items() if k not in _FREE}
+    free = _FREE | unused
+    if getattr(config, "disc_weight", 0):
+        free -= {"accumulate"}  # the discriminator's batch statistics are those of a part
+    return {k: v for k, v in values.items() if k not in free}
 
 
 def run_training(objective: Objective, config: TrainConfig, run: Run, *, publish_files: bool = False) -> None:
@@ -154,7 +160,7 @@ def run_training(objective: Objective, config: TrainConfig, run: Run, *, publish
         print(f"{run.folder}: {steps:,} steps on {', '.join(filter(None, how))}", flush=True)
         if run.resumed_from:
             print(f"{run.folder}: resuming from step {run.resumed_from:,}", flush=True)
-    train(objective, run.folder, settings, run.team)
+    train(objective, run.folder, settings, run.team, dataclasses.asdict(config))
     if publish_files:
         run.team.on_main(lambda: publish(run.folder))
     if run.team.is_main:

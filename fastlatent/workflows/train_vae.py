@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -11,12 +13,22 @@ from diffusers import AutoencoderKL
 
 from fastlatent.config import TrainVaeConfig
 from fastlatent.data.images import ImageLoader
+from fastlatent.encoders.diffusers_autoencoders import DiffusersAutoencoder
 from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.sigma_vae import SigmaVAE
+from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.sources.items import Source
 from fastlatent.sources.open import kind_of, open_source
 from fastlatent.training import discriminator, lpips
-from fastlatent.training.vae import LDM_KL_WEIGHT, PREVIEW_IMAGES, FixedImages, VaeLoss, VaeObjective, VaeWeights
+from fastlatent.training.vae import (
+    LDM_KL_WEIGHT,
+    PREVIEW_IMAGES,
+    STATISTICS,
+    FixedImages,
+    VaeLoss,
+    VaeObjective,
+    VaeWeights,
+)
 from fastlatent.training.vae_networks import (
     KL16,
     SIGMA_PATCH,
@@ -44,9 +56,9 @@ def train_vae(config: TrainVaeConfig) -> None:
     if config.channels not in (1, 3):
         raise ValueError(f"--channels: expected 1 (grey) or 3 (RGB), got {config.channels}")
     refuse_output_in_source(config.out, config.source)
-    _check(config)
-    initial = _initial(config) if config.init else None
-    size, channels = (initial.size, initial.channels) if initial else (config.size, config.channels)
+    begun = bool(checkpoints(Path(config.out)))
+    _check(config, begun)
+    initial = _initial(config) if config.init and not begun else None
     perceptual = lpips.load_lpips(config.lpips_weights) if config.lpips_weight and config.lpips_weights else None
     source = _open(config.source, config.split, config.manifest_root, "SOURCE")
     held_out = None
@@ -54,11 +66,15 @@ def train_vae(config: TrainVaeConfig) -> None:
         place = config.validation or config.source
         root = config.manifest_root if kind_of(place) == "manifest" else None
         held_out = _open(place, config.validation_split, root, "--validation")
+        _check_held_out(config, place)
     digest = xxhash.xxh3_128()
     for item in source.items:
-        digest.update(repr((item.key, item.size)).encode())
+        digest.update(repr((item.key, item.size, item.stamp)).encode())
     with training_run(config, data=digest.hexdigest()) as run:
-        network = initial or _new(config)
+        if run.resumed_from:  # what --init named may be gone by now
+            network: Network = _network(load_autoencoder(checkpoints(run.folder)[-1]), config.size)
+        else:
+            network = initial or _new(config)
         if config.decoder_only:
             network.freeze_encoder()
         if config.gradient_checkpointing:
@@ -69,7 +85,7 @@ def train_vae(config: TrainVaeConfig) -> None:
         )  # fmt: skip
         loss = VaeLoss(network, weights, perceptual)
         options: dict[str, Any] = {
-            "size": size, "channels": channels, "seed": config.seed, "device": run.device,
+            "size": network.size, "channels": network.channels, "seed": config.seed, "device": run.device,
             "preserve_input_precision": config.preserve_input_precision,
             "input_range": parse_range(config.input_range) if config.input_range else None,
         }  # fmt: skip
@@ -89,13 +105,14 @@ def train_vae(config: TrainVaeConfig) -> None:
             disc_learning_rate=config.learning_rate if rate is None else rate, disc_start=config.disc_start,
         )  # fmt: skip
         if run.rank == 0:
-            _describe(config, network, loss, source, size)
+            _describe(config, network, loss, source)
         run_training(objective, config, run, publish_files=True)
-        _list_failures(run, loader)
+        if run.rank == 0:
+            _describe_statistics(config, run)
 
 
-def _check(config: TrainVaeConfig) -> None:
-    """What can be told from the settings alone.
+def _check(config: TrainVaeConfig, begun: bool) -> None:
+    """What can be told from the settings alone, and whether the run has `begun`: then its model is there.
 
     Raises:
         ValueError: they contradict each other.
@@ -107,6 +124,8 @@ def _check(config: TrainVaeConfig) -> None:
             raise ValueError(
                 f"--size {config.size}: --{weight.replace('_', '-')} needs images of at least {smallest} pixels a side"
             )
+    if begun:
+        return
     if config.decoder_only and not config.init:
         raise ValueError("--decoder-only needs --init: the autoencoder whose encoder stays as it is")
     if config.init:
@@ -133,6 +152,20 @@ def _check(config: TrainVaeConfig) -> None:
         )
 
 
+def _check_held_out(config: TrainVaeConfig, place: str) -> None:
+    """ValueError where validation would measure images that are trained on."""
+    if place != config.source and (
+        "://" in place + config.source or Path(place).resolve() != Path(config.source).resolve()
+    ):
+        return
+    if config.split is None or config.validation_split is None or config.split == config.validation_split:
+        splits = f"--split {config.split or '(all)'} and --validation-split {config.validation_split or '(all)'}"
+        raise ValueError(
+            f"--validation: {splits} of {place} would measure images that are trained on; name different ones with "
+            "--split and --validation-split, or give --validation other images"
+        )
+
+
 def _check_given(config: TrainVaeConfig, fixed: Mapping[str, Any], by: str) -> None:
     """ValueError where a setting is neither left alone nor what it has to be."""
     for name, value in fixed.items():
@@ -142,7 +175,7 @@ def _check_given(config: TrainVaeConfig, fixed: Mapping[str, Any], by: str) -> N
             raise ValueError(f"{flag} {text}: {by} has {str(value).strip('()').replace(' ', '')}; leave {flag} out")
 
 
-def _initial(config: TrainVaeConfig) -> KlNetwork | SigmaNetwork:
+def _initial(config: TrainVaeConfig) -> Network:
     """The autoencoder of --init, which decides on all sizes but that of the images."""
     assert config.init is not None
     loaded = load_autoencoder(config.init)
@@ -154,8 +187,7 @@ def _initial(config: TrainVaeConfig) -> KlNetwork | SigmaNetwork:
             "layout": "sigma-vae",
         }  # fmt: skip
         _check_given(config, fixed, by)
-        loaded.network.requires_grad_(True)
-        return SigmaNetwork(loaded.network, sizes)
+        return _network(loaded, config.size)
     if type(loaded.model) is not AutoencoderKL or loaded.model.config.in_channels != loaded.model.config.out_channels:
         raise ValueError(f"{by}: expected an AutoencoderKL or a σ-VAE, got {type(loaded.model).__name__}")
     sizes = loaded.model.config
@@ -165,8 +197,15 @@ def _initial(config: TrainVaeConfig) -> KlNetwork | SigmaNetwork:
     _check_given(config, fixed | {"channels": sizes["in_channels"], "layout": layout}, by)
     if config.size % loaded.size_multiple:
         raise ValueError(f"--size {config.size}: {by} needs a multiple of {loaded.size_multiple}")
+    return _network(loaded, config.size)
+
+
+def _network(loaded: DiffusersAutoencoder | SigmaVAE, size: int) -> Network:
+    if isinstance(loaded, SigmaVAE):
+        loaded.network.requires_grad_(True)
+        return SigmaNetwork(loaded.network, loaded.config)
     loaded.model.requires_grad_(True)
-    return KlNetwork(loaded.model, config.size)
+    return KlNetwork(loaded.model, size)
 
 
 def _new(config: TrainVaeConfig) -> Network:
@@ -189,8 +228,8 @@ def _open(place: str, split: str | None, root: str | None, name: str) -> Source:
     return source
 
 
-def _describe(config: TrainVaeConfig, network: Network, loss: VaeLoss, source: Source, size: int) -> None:
-    latent, pixels = 1, network.channels * size**2
+def _describe(config: TrainVaeConfig, network: Network, loss: VaeLoss, source: Source) -> None:
+    latent, pixels = 1, network.channels * network.size**2
     for side in network.latent_shape:
         latent *= side
     print(
@@ -206,15 +245,14 @@ def _describe(config: TrainVaeConfig, network: Network, loss: VaeLoss, source: S
         )
     if loss.discriminator is not None:
         print(f"{count_weights(loss.discriminator)} weights of a discriminator, from step {config.disc_start:,} on")
-    if source.left_out:
-        print(f"{len(source.left_out):,} images cannot be used and are left out:")
-        for key, reason in list(source.left_out.items())[:20]:
-            print(f"  {key!a}: {reason}")
     print(end="", flush=True)
 
 
-def _list_failures(run: Run, loader: ImageLoader) -> None:
-    if run.rank == 0 and loader.failures:
-        print(f"{len(loader.failures)} files could not be decoded and were left out:")
-        for key, reason in list(loader.failures.items())[:20]:
-            print(f"  {key!a}: {reason}")
+def _describe_statistics(config: TrainVaeConfig, run: Run) -> None:
+    file = checkpoints(run.folder)[-1] / STATISTICS
+    if not file.exists():
+        print("no scaling_factor: the latents were not measured at the last checkpoint", flush=True)
+        return
+    values = json.loads(file.read_text(encoding="utf-8"))
+    fewer = "" if values["count"] >= config.latent_statistics else f", of {config.latent_statistics:,} asked for"
+    print(f"scaling_factor {values['scaling_factor']:.6g}, measured on {values['count']:,} latents{fewer}", flush=True)

@@ -14,9 +14,9 @@ from fastlatent.config.train import BETA_SCHEDULES
 from fastlatent.diffusion.schedules import alphas_cumprod
 from fastlatent.models.unet import (
     ConditionalUNet,
+    ConditionVectors,
     UNetConfig,
     check_side,
-    condition_vector,
     find_unet,
     load_unet,
     save_unet,
@@ -129,7 +129,7 @@ def test_missing_zero_and_dropped_are_three_things(saved, kind):
     values = torch.tensor([[0.0] * 4, [0.0] * 4, [0.0] * 4, [7.0] * 4, [7.0] * 4, [math.nan] * 4], dtype=torch.float64)
     present = torch.tensor([[1, 1], [0, 0], [1, 1], [0, 0], [1, 1], [0, 0]])
     dropped = torch.tensor([0, 0, 1, 0, 1, 0])
-    vector = condition_vector(config, values, present, dropped)
+    vector = ConditionVectors(config)(values, present, dropped)
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64).expand(6, -1, -1, -1)
     assert torch.equal(vector[1], vector[3]) and torch.equal(vector[1], vector[5]) and torch.equal(vector[2], vector[4])
     zero, missing, null, missing_7, null_7, missing_nan = model(x, torch.full((6,), 500), vector)
@@ -153,10 +153,10 @@ def test_the_vector_is_standardised_values_then_presence_then_dropped():
                 known.append(z if here[name] and not gone else 0.0)
                 at += 1
         expected.append([*known, *(0.0 if gone else float(one) for one in here), float(gone)])
-    got = condition_vector(config, torch.tensor(values), torch.tensor(present), torch.tensor(dropped))
+    got = ConditionVectors(config)(torch.tensor(values), torch.tensor(present), torch.tensor(dropped))
     assert got.dtype == torch.float64 and got.shape == (5, config.vector_width)
     np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-15)
-    single = condition_vector(config, torch.tensor(values).float(), torch.tensor(present).bool(), torch.tensor(dropped))
+    single = ConditionVectors(config)(torch.tensor(values).float(), torch.tensor(present).bool(), torch.tensor(dropped))
     assert single.dtype == torch.float32
 
 

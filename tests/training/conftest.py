@@ -22,18 +22,21 @@ class Teams:
         )  # fmt: skip
         self._folder, self._count = folder, 0
 
-    def run(self, world, call, kill_after=None, **kwargs):
-        """Exit codes are all 0, or (killed) all -9; returns what the first process printed."""
+    def run(self, world, call, kill_after=None, kill_from=None, **kwargs):
+        """Returns what the first process printed. Exit codes are 0, or None is returned where it was killed."""
         self._count += 1
         log = self._folder / f"{self._count}"
-        job = {"world": world, "call": call, "kwargs": kwargs, "log": str(log), "kill_after": kill_after}
+        job = {
+            "world": world, "call": call, "kwargs": kwargs, "log": str(log), "kill_after": kill_after,
+            "kill_from": kill_from,
+        }  # fmt: skip
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         codes = json.loads(self._process.stdout.readline())
         printed = [Path(f"{log}-{rank}.txt").read_text() for rank in range(world)]
         allowed = {0} if kill_after is None else {0, -9}
         assert set(codes) <= allowed, f"exit codes {codes}\n" + "\n".join(printed)
-        return printed[0]
+        return None if -9 in codes else printed[0]
 
     def close(self):
         self._process.stdin.close()

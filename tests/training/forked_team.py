@@ -1,9 +1,10 @@
 """Calls functions in teams of forked processes: torch and the rest are imported once, not by every process.
 
     python forked_team.py    reads jobs from stdin, a line of JSON each, and answers each with one:
-    {"world": 2, "call": "toy_training:run", "kwargs": {...}, "log": "path", "kill_after": null}  ->  [0, 0]
+    {"world": 2, "call": "toy_training:run", "kwargs": {...}, "log": "path"}  ->  [0, 0]
 
-The answer is the processes' exit codes. After `kill_after` seconds all of them get SIGKILL.
+The answer is the processes' exit codes. All of them get SIGKILL `kill_after` seconds after `kill_from` was written (a
+file; without it, after they began).
 """
 
 import importlib
@@ -29,10 +30,16 @@ def main() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        watched = job.get("kill_from")
+        before = written(watched)
         children = [fork(job, rank, port) for rank in range(job["world"])]
-        begin, codes = time.monotonic(), [None] * len(children)
+        begin, codes = None if watched else time.monotonic(), [None] * len(children)
         while None in codes:
-            late = job.get("kill_after") is not None and time.monotonic() - begin > job["kill_after"]
+            if begin is None and written(watched) != before:
+                begin = time.monotonic()
+            late = (
+                begin is not None and job.get("kill_after") is not None and time.monotonic() - begin > job["kill_after"]
+            )
             for i, pid in enumerate(children):
                 if codes[i] is None:
                     if late or any(codes):  # one that fails leaves the others waiting for it
@@ -41,6 +48,10 @@ def main() -> None:
                     codes[i] = os.waitstatus_to_exitcode(status) if done else None
             time.sleep(0.002)
         print(json.dumps(codes), flush=True)
+
+
+def written(path):
+    return os.stat(path).st_mtime_ns if path and os.path.exists(path) else None
 
 
 def fork(job, rank, port):

@@ -52,8 +52,10 @@ def test_a_stop_writes_a_checkpoint_and_changes_nothing(whole, tmp_path, number)
     objective = at_step(toy.ToyObjective(Team(CPU)), 5, lambda: os.kill(os.getpid(), number))
     with pytest.raises(KeyboardInterrupt):
         train(objective, tmp_path, settings(), Team(CPU))
-    # The step that was going on is finished and kept.
+    # The step that was going on is finished and kept, and nothing is drawn: who stops it may not wait.
     assert steps_of(tmp_path) == [4, 6]
+    assert [(folder / "preview.png").exists() for folder in checkpoints(tmp_path)] == [True, False]
+    assert (tmp_path / "loss.png").exists()
     toy.run(tmp_path)
     toy.assert_same(tmp_path, whole)
 
@@ -116,6 +118,14 @@ def test_a_part_begins_when_it_should(tmp_path):
 
 
 # --- several processes (gloo, float64) ---
+
+
+def test_sharded_bf16_is_bf16(tmp_path, teams):
+    for world, name in ((1, "one"), (2, "two")):
+        teams.run(world, "toy_training:run", folder=str(tmp_path / name), mixed_precision="bf16", fsdp=True)
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
+    assert all(tensor.dtype in (torch.float64, torch.float32) for tensor in newest(tmp_path / "two").values())
 
 
 @pytest.mark.parametrize("change", [{}, {"fsdp": True}, {"accumulate": 2}], ids=["ddp", "fsdp", "accumulate"])
@@ -192,7 +202,10 @@ class QuadraticObjective:
     def batch(self, step):
         return {"goal": float(step)}
 
-    def save(self, folder, weights):
+    def left_out(self):
+        return {}
+
+    def save(self, folder, weights, *, hurried):
         save_file(dict(weights), folder / "model.safetensors")
         return {}
 
@@ -346,6 +359,32 @@ def test_log_raises_where_a_run_diverges(tmp_path, loss, norm):
         log.flush()
 
 
+def test_fp16_diverges_where_every_gradient_overflows(tmp_path):
+    log = Log(tmp_path, 0, overflows=True)
+    good, bad = ({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(value)} for value in (1.0, math.inf))
+    for step in range(20):
+        log.add(step, 0.1, bad if step else good)
+    with pytest.raises(ValueError, match="grad_norm became inf at step 20: the run diverged"):
+        for step in range(20, 40):
+            log.add(step, 0.1, bad)
+
+
+def test_a_run_that_diverges_draws_its_curve(tmp_path):
+    objective = QuadraticObjective()
+    objective.batch = lambda step: {"goal": math.nan if step == 2 else 0.0}
+    with pytest.raises(ValueError, match="at step 2: the run diverged"):
+        train(objective, tmp_path, settings(), Team(CPU))
+    assert (tmp_path / "loss.png").exists() and not checkpoints(tmp_path)
+
+
+def test_files_that_cannot_be_used_are_listed(tmp_path, teams, capsys):
+    toy.run(tmp_path / "one")
+    assert (tmp_path / "one" / "left_out.txt").read_text() == "'a.png': it is torn\n"
+    assert "1 files cannot be used, see" in capsys.readouterr().out
+    teams.run(2, "toy_training:run", folder=str(tmp_path / "two"))
+    assert (tmp_path / "two" / "left_out.txt").read_text() == "'a.png': it is torn\n'b.png': so is it\n"
+
+
 def test_the_newest_checkpoint_is_from_before_a_divergence(tmp_path):
     objective = QuadraticObjective()
     original = objective.batch
@@ -373,6 +412,7 @@ def test_tensorboard_gets_what_is_logged(tmp_path):
     toy.run(tmp_path, trackers=("tensorboard",))
     events = EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name)).Reload()
     assert {"loss", "error", "grad_norm", "learning_rate", "validation/loudness"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["preview"]  # grey, in a format that takes three channels
     seen = {event.step: event.value for event in events.Scalars("loss")}
     assert seen == pytest.approx({line["step"]: line["loss"] for line in log(tmp_path)}, rel=1e-6)
 

@@ -49,14 +49,32 @@ def test_parts_and_shards_are_the_whole(folder, teams, whole, world, flags, ever
     toy.assert_same(folder / f"{whole}-1", folder / out, TOLERANCE)
 
 
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_cuda_is_the_cpu(folder, teams, whole, compiled):
+    out, flags = f"{whole}-cuda-{compiled}", ["--device", "cuda", "--compile", compiled]
+    teams.run(1, "objectives64:run_one", name=whole, folder=str(folder), out=out, more=flags)
+    toy.assert_same(folder / f"{whole}-1", folder / out, TOLERANCE)
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.soak)])
 def test_kills_change_nothing(folder, teams, whole, kills):
     if kills == 3 and whole != "vae":
         pytest.skip("in make soak; what a crash leaves is the loop's, which the toy is crashed in")
-    # A process that is forked and left alone is done after about 2 s.
-    draw, out = random.Random(7), f"{whole}-killed-{kills}"
-    common = {"name": whole, "folder": str(folder), "out": out, "more": ["--checkpoint-every", "1"]}
-    for _ in range(kills):
-        teams.run(1, "objectives64:run_one", kill_after=draw.uniform(0.1, 2.0), **common)
+    draw, count, done, number = random.Random(7), 0, 0, 0
+    while count < kills:
+        out = f"{whole}-killed-{kills}-{number}"
+        common = {"name": whole, "folder": str(folder), "out": out, "more": ["--checkpoint-every", "1"]}
+        # The log is written as training begins; six steps and their checkpoints take about half a second.
+        log = str(folder / out / "log.jsonl")
+        killed = teams.run(
+            1, "objectives64:run_one", kill_after=draw.uniform(0.0, 0.4), kill_from=log, **common
+        ) is None  # fmt: skip
+        if killed:
+            count += 1
+        else:  # it was done: that is one proof, and the next run begins
+            toy.assert_same(folder / f"{whole}-1", folder / out)
+            done, number = done + 1, number + 1
     teams.run(1, "objectives64:run_one", **common)
     toy.assert_same(folder / f"{whole}-1", folder / out)
+    assert done or kills == 3, "every kill came before the first checkpoint: none of them was in the middle"

@@ -5,11 +5,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastlatent.diffusion.noise import Draws
+from fastlatent.media.sheets import save_sheet
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.training.loop import LoopSettings, train
 from fastlatent.training.objective import Part
@@ -59,8 +61,15 @@ class ToyObjective:
     def compile(self):
         self.module.compile()
 
-    def save(self, folder, weights):
+    def left_out(self):
+        return {"a.png": "it is torn"} if self.team.is_main else {"b.png": "so is it"}
+
+    def save(self, folder, weights, *, hurried):
         save_file(weights, folder / "model.safetensors")
+        if hurried:
+            return {}
+        grey = np.zeros((1, 8, 8, 1), dtype=np.uint8)
+        save_sheet(folder / "preview.png", grey, columns=1)
         return {"loudness": float(weights["layers.0.weight"].abs().sum())}
 
 

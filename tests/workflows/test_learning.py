@@ -12,10 +12,10 @@ from PIL import Image
 from fastlatent.cli import main
 
 DEMO = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
-# The Transformer of the demo, its tokens denoised together.
+# Sizes and steps of the demo's Transformer; tokens of 2×2 take a third of the time of its 1×1.
 DIT = (
-    "train dit latents/train --hidden-size 128 --depth 4 --num-heads 4 --mlp-ratio 4 --steps 1200 --batch-size 64 "
-    "--learning-rate 2e-3 --ema-decay 0.995 --checkpoint-every 600"
+    "train dit latents/train --hidden-size 128 --depth 4 --num-heads 4 --mlp-ratio 4 --patch-size 2 --steps 1200 "
+    "--batch-size 64 --learning-rate 2e-3 --ema-decay 0.995 --checkpoint-every 600"
 )
 PER_CLASS = 30  # 300 samples: the standard deviation of an accuracy of 0.98 is 0.008
 
@@ -40,7 +40,7 @@ def run(line):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kind", ["ar", "dit v_prediction", "dit flow"])
+@pytest.mark.parametrize("kind", ["dit v_prediction", "dit flow", "ar"])
 def test_samples_are_digits_of_their_class(digits, kind):
     demo, train, test = digits
     name = kind.replace(" ", "-")
@@ -71,7 +71,7 @@ def test_latent_ddpm_uses_as_much_ink_as_its_condition_says(digits):
     run(f"encode manifest.json --vae vae --out latents/ink --size {demo.SIZE} --condition-spec ink:1")
     run(
         "train ddpm latents/ink --out ddpm --block-out-channels 32,64 --norm-groups 8 --layers-per-block 1 "
-        "--steps 600 --batch-size 64 --learning-rate 2e-3 --warmup-steps 50 --ema-decay 0.99 --beta-schedule cosine "
+        "--steps 1000 --batch-size 64 --learning-rate 2e-3 --warmup-steps 50 --ema-decay 0.99 --beta-schedule cosine "
         "--prediction-type v_prediction"
     )
     low, high = np.quantile(ink(train["images"]), [0.05, 0.95])
@@ -79,7 +79,7 @@ def test_latent_ddpm_uses_as_much_ink_as_its_condition_says(digits):
     Path("cond.json").write_text(json.dumps([{"ink": value} for value in wanted]))
 
     def correlation(more, folder):
-        run(f"sample ddpm --output {folder} --cfg-scale 1 {more}")
+        run(f"sample ddpm --output {folder} --cfg-scale 1.5 {more}")
         return np.corrcoef(ink(demo.read_images(folder)[0]), wanted)[0, 1]
 
     given = correlation("--cond cond.json", "given")

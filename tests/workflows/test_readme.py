@@ -145,12 +145,6 @@ def test_the_run_loads_in_plain_diffusers(trained, monkeypatch):
     monkeypatch.chdir(trained)
     names: dict = {}
     exec(code, names)
-    unet, scheduler, vae = names["unet"], names["scheduler"], names["vae"]
-    assert scheduler.config.clip_sample is False
-    scheduler.set_timesteps(3)
-    side = unet.config.sample_size
-    x = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(unet(x, t, names["text"], class_labels=names["dropped"]).sample, t, x).prev_sample
-        assert vae.decode(x).sample.isfinite().all()
+    assert names["scheduler"].config.clip_sample is False
+    assert names["scheduler"].timesteps[0] == 999
+    assert names["images"].shape[0] == 4 and names["images"].isfinite().all()

@@ -25,7 +25,7 @@ from fastlatent.media.images import read_image, to_uint8
 from fastlatent.models.checkpoint import CheckpointConfig, DiTCheckpointConfig, save_checkpoint
 from fastlatent.models.dit import DiT
 from fastlatent.models.transformer import Transformer
-from fastlatent.models.unet import ConditionalUNet, UNetConfig, condition_vector, load_unet, save_unet, unet_sizes
+from fastlatent.models.unet import ConditionalUNet, ConditionVectors, UNetConfig, load_unet, save_unet, unet_sizes
 from fastlatent.ops.solver_step import solver_step_reference
 from fastlatent.workflows.latent_files import read_latent_file
 
@@ -225,8 +225,8 @@ def test_guidance_with_conditions_is_the_formula(made, tmp_path, kind):
     model, config = load_unet(made / kind, dtype=torch.float64)
     values = torch.tensor([[0.3, 1, 2, 2, 3], [0, 0, 0, 0, 0]], dtype=torch.float64)  # wind_mag follows from wind
     present = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.float64)
-    vectors = condition_vector(config, values, present, torch.zeros(2))
-    null = condition_vector(config, values[:1], present[:1], torch.ones(1))
+    vectors = ConditionVectors(config)(values, present, torch.zeros(2))
+    null = ConditionVectors(config)(values[:1], present[:1], torch.ones(1))
     noise = normal(0, range(2), 0, (2, 4, 4))
     want = guided(model, config, vectors, null, noise, 3, 2.0)
     got = load_file(output)["latents"].transpose(1, 2).reshape(want.shape)

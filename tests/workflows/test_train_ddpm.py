@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastlatent.cli import main, train_legacy_ddpm
-from fastlatent.models.unet import condition_vector, load_unet, scheduler
+from fastlatent.models.unet import ConditionVectors, load_unet, scheduler
 
 SPEC = "temperature:1,wind:3,wind_mag:1"
 TINY = (
@@ -256,7 +256,7 @@ def test_samples_are_as_bright_as_their_condition_says(tmp_path):
     wanted = torch.linspace(13, 27, count)
 
     def correlation(present, dropped):
-        vector = condition_vector(config, wanted[:, None], present, dropped)
+        vector = ConditionVectors(config)(wanted[:, None], present, dropped)
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(count, 1, 8, 8, generator=generator)
         solver = scheduler(config)
