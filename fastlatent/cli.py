@@ -91,10 +91,15 @@ def train_legacy_ddpm() -> int:
     """`fastlatent train pixel-ddpm`, which also knows what the flags of a script of this name were called."""
     spelled = {
         "--manifest-path": "", "--output-dir": "--out", "--resolution": "--size", "--train-batch-size": "--batch-size",
-        "--num-epochs": "--epochs",
+        "--num-epochs": "--epochs", "--max-train-steps": "--steps", "--gradient-accumulation-steps": "--accumulate",
+        "--lr-warmup-steps": "--warmup-steps", "--adam-weight-decay": "--weight-decay", "--adam-epsilon": "--adam-eps",
+        "--ema-max-decay": "--ema-decay", "--ddpm-beta-schedule": "--beta-schedule", "--logger": "--trackers",
+        "--checkpointing-steps": "--checkpoint-every", "--checkpoints-total-limit": "--keep-checkpoints",
     }  # fmt: skip
     arguments = []
     for argument in map(_dashed, sys.argv[1:]):
+        if argument == "--use-ema":  # there is an average unless --ema-decay 0 says otherwise
+            continue
         name, equals, value = argument.partition("=")
         arguments.append(spelled.get(name, name) + equals + value if spelled.get(name, name) else value)
     return main(["train", "pixel-ddpm", *(argument for argument in arguments if argument)])

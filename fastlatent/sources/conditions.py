@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -72,36 +71,29 @@ def condition_remarks(
     Args:
         samples: (key, metadata) of each.
     """
-    number, counts, first = 0, Counter[tuple[str, str]](), dict[tuple[str, str], str]()
+    number, found = 0, dict[tuple[str, str], tuple[int, str]]()
     for key, metadata in samples:
         number += 1
         for name, count in conditions:
             if problem := _problem(_value(name, metadata), count):
-                counts[name, problem] += 1
-                first.setdefault((name, problem), key)
+                before, first = found.get((name, problem), (0, key))
+                found[name, problem] = (before + 1, first)
     return tuple(
-        f"condition {name!r}: {counts[name, problem]:,} of {number:,} samples {text}; the first is {first[name, problem]!a}"
-        for name, count in conditions
-        for problem, text in _PROBLEMS.items()
-        if counts[name, problem]
+        f"condition {name!r}: {affected:,} of {number:,} samples {problem}; the first is {first!a}"
+        for name, _ in conditions
+        for (of, problem), (affected, first) in found.items()
+        if of == name
     )
 
 
-_PROBLEMS = {
-    "absent": "lack it",
-    "unusable": "have no finite number there, and count as lacking it",
-    "length": "hold another number of values than COUNT: cut, or filled with zeros",
-}
-
-
 def _problem(value: Any, count: int) -> str:
-    """Of a condition's value: a key of _PROBLEMS, or "" for none."""
+    """What is wrong with a condition's value, "" for nothing."""
     if value is None:
-        return "absent"
+        return "lack it"
     values = _as_list(value)
     if not values or None in map(_number, values[:count]):
-        return "unusable"
-    return "length" if len(values) != count else ""
+        return "have no finite number there, and count as lacking it"
+    return f"hold another number of values than {count}: cut, or filled with zeros" if len(values) != count else ""
 
 
 def _value(name: str, metadata: Mapping[str, Any]) -> Any:

@@ -169,7 +169,7 @@ class DdpmObjective:
         return self.batches.left_out
 
     def save(self, folder: Path, weights: dict[str, Tensor], *, hurried: bool) -> dict[str, float]:
-        """Write what diffusers loads; and, unless `hurried`, previews: images/sample_step{N}_img{i}.png, preview.png."""
+        """Write what diffusers loads; unless `hurried` also previews: images/sample_step{N}_img{i}.png, preview.png."""
         names = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         model = self.loss.model.with_weights(names)
         save_unet(folder, model, self.config)

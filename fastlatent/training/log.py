@@ -51,7 +51,7 @@ class Log:
         mean: Callable[[Tensor], Tensor] = lambda values: values,
         is_main: bool = True,
         trackers: tuple[str, ...] = (),
-        config: dict[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         overflows: bool = False,
     ) -> None:
         self.folder, self._mean, self._main = folder, mean, is_main
@@ -167,7 +167,7 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _tracker(name: str, folder: Path, begin: int, config: dict[str, Any]) -> GeneralTracker:
+def _tracker(name: str, folder: Path, begin: int, config: Mapping[str, Any]) -> GeneralTracker:
     tracker: GeneralTracker
     if name == "tensorboard":
         # What an interrupted run logged from `begin` on is hidden.

@@ -6,6 +6,7 @@ depths, made unit vectors along their channels; the weighted squared differences
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 
@@ -130,6 +131,11 @@ def _read(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         loaded = torch.load(file, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError:  # torch's text asks to let the file run its code
+        raise ValueError(
+            f"--lpips-weights {file} does not load: it is damaged, or holds more than tensors by name, which only pickle "
+            "can load, and pickle runs whatever code a file holds. Write the tensors alone with torch.save or safetensors"
+        ) from None
     except Exception as error:  # damaged files raise many kinds
         raise ValueError(f"--lpips-weights {file} does not load: {' '.join(str(error).split())[:300]}") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):

@@ -15,6 +15,9 @@ from fastlatent.store.records import ROOT
 from fastlatent.store.shard import Shard
 from fastlatent.store.statistics import Statistics, to_float64
 
+# Of a model of latents, or an autoencoder; of a UNet.
+_CONFIGS = ("config.json", "unet/config.json", "scheduler_config.json", "vae_source.json", "latent_statistics.json")
+
 
 def inspect(config: InspectConfig) -> None:
     """Print YAML about config.path; see InspectConfig."""
@@ -130,19 +133,27 @@ def _run_or_checkpoint(path: Path) -> dict[str, Any]:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         described["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
         return described
-    if not (folder / "config.json").is_file() or not weights:
+    configs = [file for name in _CONFIGS if (file := folder / name).is_file()]
+    weights += sorted(folder.glob("unet/*.safetensors"))
+    if not configs or not weights:
         raise ValueError(
             f"{path}: expected a dataset (dataset.json), a run (checkpoint-*) or a checkpoint (config.json and "
             f".safetensors), found {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'an empty folder'}"
         )
-    try:
-        described["config"] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    for file in configs:
+        name = "config" if file.name == "config.json" and len(configs) == 1 else file.relative_to(folder).as_posix()
+        try:
+            described[name] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from None
     for file in weights:
         shard = Shard.open(file)
         count = sum(values.size for values in shard.columns.values())
-        described[file.name] = {"bytes": file.stat().st_size, "tensors": len(shard.columns), "numbers": count}
+        described[file.relative_to(folder).as_posix()] = {
+            "bytes": file.stat().st_size,
+            "tensors": len(shard.columns),
+            "numbers": count,
+        }
     return described
 
 

@@ -142,9 +142,13 @@ class _DatasetSource(LatentSource):
     unused = LatentSource.unused | _FOR_IMAGES
 
     def __init__(self, config: LatentTrainConfig) -> None:
-        flags = {"--vae": config.vae, "--split": config.split, "--manifest-root": config.manifest_root, "--input-range": config.input_range}
+        flags = {
+            "--vae": config.vae, "--split": config.split, "--manifest-root": config.manifest_root,
+            "--input-range": config.input_range,
+        }  # fmt: skip
         given = [name for name, value in flags.items() if value is not None]
-        given += ["--no-preserve-input-precision"] * (not config.preserve_input_precision) + ["--mirror"] * config.mirror
+        given += ["--no-preserve-input-precision"] * (not config.preserve_input_precision)
+        given += ["--mirror"] * config.mirror
         if given:
             raise ValueError(
                 f"{config.latents} is a dataset, and {', '.join(given)} is for images: leave it out"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlatent.config import SampleConfig
 from fastlatent.encoders.protocol import Autoencoder
+from fastlatent.pipeline.checkpoints import TRAINING_STATE, step_of
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
 from fastlatent.workflows.decode import load_matching_autoencoder
@@ -40,6 +41,9 @@ def sample(config: SampleConfig) -> None:
         samples = open_samples(config, device)
         if samples.in_pixels and not config.decode:
             raise ValueError("--no-decode: this model samples pixels, there are no latents; leave it out")
+        for flag, given in (("--vae", config.vae), ("--allow-other-vae", config.allow_other_vae)):
+            if samples.in_pixels and given:
+                raise ValueError(f"{flag}: this model samples pixels, there is nothing to decode; leave it out")
         batches = -(-samples.count // config.batch_size)
         if rank == 0 and batches < world_size:
             print(f"{world_size - batches} of {world_size} processes have no batch: choose a smaller --batch-size")
@@ -56,6 +60,11 @@ def sample(config: SampleConfig) -> None:
 
 
 def _check_output(config: SampleConfig, output: Path) -> None:
+    folder = Path(config.checkpoint).resolve()
+    if step_of(folder) is not None and (folder / TRAINING_STATE).exists():
+        folder = folder.parent  # of the run that it belongs to
+    if output.resolve().is_relative_to(folder):
+        raise ValueError(f"--output {output} lies inside {folder}, which belongs to the training; name another place")
     if not config.decode:
         if output.suffix != ".safetensors":
             raise ValueError(f"--no-decode writes a file: expected --output NAME.safetensors, got {output}")

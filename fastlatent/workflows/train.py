@@ -27,8 +27,8 @@ SETTINGS = ".settings.json"  # what a resumed run is compared with
 # What may differ between the runs that one training consists of, without changing its losses but for rounding.
 _FREE = {
     "out", "source", "latents", "vae", "preset", "device", "threads", "checkpoint_every", "keep_checkpoints",
-    "accumulate", "compile", "gradient_checkpointing", "fsdp", "trackers", "init", "preview_images", "preview_inference_steps", "validation",
-    "validation_split", "validation_images", "lpips_weights",
+    "accumulate", "compile", "gradient_checkpointing", "fsdp", "trackers", "init", "preview_images",
+    "preview_inference_steps", "validation", "validation_split", "validation_images", "lpips_weights",
 }  # fmt: skip
 
 

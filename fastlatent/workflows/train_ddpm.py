@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -24,15 +23,23 @@ from fastlatent.models.unet import (
     read_json_object,
     unet_sizes,
 )
+from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.sources.conditions import parse_conditions
-from fastlatent.sources.items import Source
 from fastlatent.sources.open import open_source
 from fastlatent.training.ddpm import Batches, DdpmLoss, DdpmObjective, PixelBatches, Renormalised
+from fastlatent.training.latents import CONDITION_COLUMNS
+from fastlatent.workflows.condition_statistics import condition_statistics
 from fastlatent.workflows.decode import load_matching_autoencoder
 from fastlatent.workflows.encode_setup import parse_range
 from fastlatent.workflows.latent_source import open_latents
 from fastlatent.workflows.runtime import refuse_output_in_source
 from fastlatent.workflows.train import Run, count_weights, run_training, training_run
+
+# Settings that are sizes, under the names that diffusers' configs have for them.
+_SIZES = {
+    "block_out_channels": "block_out_channels", "layers_per_block": "layers_per_block",
+    "norm_groups": "norm_num_groups",
+}  # fmt: skip
 
 
 def train_ddpm(config: TrainDdpmConfig) -> None:
@@ -44,7 +51,7 @@ def train_ddpm(config: TrainDdpmConfig) -> None:
         [0.0] * source.channels, [1.0] * source.channels, source.vae or {},
     )  # fmt: skip
     _check(config, model_config)
-    with training_run(config, data=source.data) as run:
+    with training_run(config, data=source.data, unused=source.unused) as run:
         batches, latents_mean, latents_std = source.batches(run, config)
         measured = dataclasses.replace(model_config, latents_mean=latents_mean, latents_std=latents_std)
         model, model_config = _begin(config, measured, run)
@@ -63,7 +70,9 @@ def train_pixel_ddpm(config: TrainPixelDdpmConfig) -> None:
     spec = config.condition_spec or "none"
     source = open_source(config.source, split=config.split, conditions=spec, root=config.manifest_root)
     conditions = parse_conditions(spec)
-    mean, std = _condition_statistics(source, conditions)
+    items = source.items if conditions else []
+    values, present = ([item.attached[name] for item in items] for name in CONDITION_COLUMNS)
+    mean, std = condition_statistics(conditions, [(values, present)])
     model_config = UNetConfig(
         conditions, mean, std, config.prediction_type, config.beta_schedule, config.channels, config.size,
         [0.0] * config.channels, [1.0] * config.channels, None,
@@ -73,8 +82,9 @@ def train_pixel_ddpm(config: TrainPixelDdpmConfig) -> None:
     for item in source.items:
         digest.update(repr((item.key, item.size, item.stamp)).encode())
     with training_run(config, data=digest.hexdigest()) as run:
-        if run.rank == 0 and source.left_out:
-            _list_files(f"{len(source.left_out):,} files cannot be used and are left out", source.left_out)
+        if run.rank == 0:
+            for remark in source.remarks:
+                print(remark, flush=True)
         model, model_config = _begin(config, model_config, run)
         loader = ImageLoader(
             source, config.batch_size, size=config.size, channels=config.channels, mirror=config.mirror,
@@ -84,8 +94,6 @@ def train_pixel_ddpm(config: TrainPixelDdpmConfig) -> None:
         )  # fmt: skip
         batches = PixelBatches(loader, config.seed)
         _train(config, run, batches, model, model_config, lambda pixels: pixels, f"{len(source.items):,} images")
-    if loader.failures:
-        _list_files(f"{len(loader.failures):,} files could not be decoded and were replaced", loader.failures)
 
 
 def _train(
@@ -125,25 +133,44 @@ def _begin(
 ) -> tuple[ConditionalUNet, UNetConfig]:
     """A new model; that of --init; or the one that a resumed run began with. An older one keeps what its weights mean:
     its sizes, and the mean and std of latents and conditions."""
-    origin = str(run.folder) if run.resumed_from else config.init
+    origin = run.folder if run.resumed_from else config.init
     if origin is None:
         return _build(config, wanted), wanted
     model, found = load_unet(origin)
-    for name in ("conditions", "prediction_type", "beta_schedule", "channels"):
-        before, now = getattr(found, name), getattr(wanted, name)
-        if before != now:
-            raise ValueError(
-                f"--init {origin}: its {name} is {before}, expected {now}: change the settings, or leave it"
-            )
-    if (found.vae is None) != (wanted.vae is None):
-        raise ValueError(f"--init {origin}: expected a model of {'pixels' if wanted.vae is None else 'latents'}")
-    check_side(model.sizes, wanted.side)
+    if not run.resumed_from:  # its settings and data are those it began with, whatever --init says now
+        _compare(config, model, found, wanted)
     model = model.requires_grad_(True).train()
     return model, dataclasses.replace(found, side=wanted.side, vae=wanted.vae)
 
 
+def _compare(
+    config: TrainDdpmConfig | TrainPixelDdpmConfig, model: ConditionalUNet, found: UNetConfig, wanted: UNetConfig
+) -> None:
+    """ValueError where --init contradicts flags or data."""
+    where = f"--init {config.init}"
+    for name in ("conditions", "prediction_type", "beta_schedule", "channels"):
+        before, now = getattr(found, name), getattr(wanted, name)
+        if before != now:
+            raise ValueError(f"{where}: its {name} is {before}, expected {now}: change the settings, or leave it")
+    if (found.vae is None) != (wanted.vae is None):
+        raise ValueError(f"{where}: expected a model of {'pixels' if wanted.vae is None else 'latents'}")
+    check_side(model.sizes, wanted.side)
+    sizes = {"unet": model.kind, **{name: model.sizes.get(key) for name, key in _SIZES.items()}}
+    for field in dataclasses.fields(UNetTrainConfig):
+        given = getattr(config, field.name)
+        if field.name in sizes and given != field.default and _shown(given) != _shown(sizes[field.name]):
+            flag = "--" + field.name.replace("_", "-")
+            raise ValueError(f"{flag} {_shown(given)}: {where} has {_shown(sizes[field.name])}; leave {flag} out")
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def _check(config: TrainDdpmConfig | TrainPixelDdpmConfig, model_config: UNetConfig) -> None:
-    """Say what does not fit before the run's folder is there."""
+    """Say what does not fit before the run's folder is there; of a run that goes on, the model is in there."""
+    if checkpoints(Path(config.out)):
+        return
     if config.init is not None and config.unet_config is not None:
         raise ValueError("--init and --unet-config: the checkpoint has its own sizes; leave one out")
     if config.init is None:
@@ -220,25 +247,3 @@ def _decoder(vae: dict[str, Any] | None, channels: int, run: Run) -> Callable[[T
         print(f"no previews: {error}", flush=True)
         return None
     return lambda latents: load().decode(latents)
-
-
-def _condition_statistics(source: Source, conditions: tuple[tuple[str, int], ...]) -> tuple[list[float], list[float]]:
-    """Mean and std of each number over the images that have it; std 1 where it is the same everywhere."""
-    if not conditions:
-        return [], []
-    values = np.array([item.attached["condition"] for item in source.items], dtype=np.float64)
-    present = np.array([item.attached["condition_present"] for item in source.items]) > 0
-    for (name, _), count in zip(conditions, present.sum(axis=0), strict=True):
-        if not count:
-            raise ValueError(f"--condition-spec: no image has numbers for {name!r}; leave it out, or correct its name")
-    here = present.repeat([count for _, count in conditions], axis=1)
-    number = here.sum(axis=0)
-    mean = np.where(here, values, 0).sum(axis=0) / number
-    std = np.sqrt(np.where(here, np.square(values - mean), 0).sum(axis=0) / number)
-    return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
-
-
-def _list_files(title: str, reasons: Any) -> None:
-    print(f"{title}:")
-    for key, reason in list(reasons.items())[:20]:
-        print(f"  {key!a}: {reason}", flush=True)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastlatent.data.encoded import EncodedLoader
+from fastlatent.data.encoded import ENCODED_TOGETHER, EncodedLoader
 from fastlatent.data.images import ImageLoader
 from fastlatent.sources.open import open_source
 
@@ -34,3 +34,23 @@ def test_gives_what_a_latent_loader_gives(tmp_path, has_posterior, name):
         assert torch.equal(batch[name], fold(plain["pixels"])[:, None])
         assert torch.equal(batch["key_hash"], plain["key_hash"])
         assert batch["epoch"] == plain["epoch"]
+
+
+def test_few_images_are_encoded_at_a_time(tmp_path):
+    count = 2 * ENCODED_TOGETHER + 1  # two full parts, and one of a single image
+    for i in range(count):
+        Image.fromarray(np.full((4, 4), i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    images = ImageLoader(open_source(tmp_path), count + 1, size=4, channels=1, mirror=False, seed=1)
+    sizes = []
+
+    def encode(pixels):
+        sizes.append(len(pixels))
+        return fold(pixels)
+
+    loader = EncodedLoader(images, encode, has_posterior=False)
+    assert loader.left_out == {}
+    latents = loader.batch(0)["latents"]
+    assert sizes == [ENCODED_TOGETHER, ENCODED_TOGETHER, 2]
+    assert torch.equal(latents, fold(images.batch(0)["pixels"])[:, None])
+    assert list(loader.left_out) == ["bad.png"]

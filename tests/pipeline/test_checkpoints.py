@@ -194,3 +194,39 @@ def test_resolve_refuses(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             checkpoints.resolve(tmp_path / name, "weights", "model")
+
+
+# --- publish ---
+
+
+def test_publish_gives_the_folder_what_users_load(tmp_path):
+    for step, text in ((5, "old"), (10, "new")):
+        checkpoints.save(tmp_path, step, write(text), keep=2)
+        (checkpoints.checkpoints(tmp_path)[-1] / checkpoints.TRAINING_STATE).write_text("large")
+        checkpoints.publish(tmp_path)
+        assert (tmp_path / "weights").read_text() == (tmp_path / "deeper" / "file").read_text() == text
+    assert not (tmp_path / checkpoints.TRAINING_STATE).exists()
+    assert not list(tmp_path.glob(".tmp-*"))
+    newest = checkpoints.checkpoints(tmp_path)[-1]
+    assert (tmp_path / "weights").stat().st_ino == (newest / "weights").stat().st_ino  # linked, not copied
+
+
+def test_publish_copies_where_links_are_not_known(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path, 5, write("5"), keep=2)
+
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    checkpoints.publish(tmp_path)
+    assert (tmp_path / "weights").read_text() == (tmp_path / "deeper" / "file").read_text() == "5"
+
+
+def test_the_newest_checkpoint_goes_before_what_was_published(tmp_path):
+    checkpoints.save(tmp_path, 5, write("5"), keep=2)
+    checkpoints.publish(tmp_path)
+    checkpoints.save(tmp_path, 10, write("10"), keep=2)  # the run went on, and was stopped
+    assert checkpoints.resolve(tmp_path, "weights", "run").name == "checkpoint-000010"
+    shutil.rmtree(tmp_path / "checkpoint-000010")
+    shutil.rmtree(tmp_path / "checkpoint-000005")
+    assert checkpoints.resolve(tmp_path, "weights", "run") == tmp_path

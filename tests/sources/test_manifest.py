@@ -205,8 +205,9 @@ def test_all_missing_tells_of_the_root(tmp_path):
 def test_captions_and_conditions_are_columns(tmp_path):
     touch(tmp_path, "1.png", "2.png")
     manifest = lines(
-        tmp_path / "m.json", sets(""), sample("1.png", text="für \u2028 Elise", wind=[3, 4]), sample("2.png", text=None)
-    )
+        tmp_path / "m.json", sets(""), sample("2.png", text=None), sample("gone.png"),
+        sample("1.png", text="für \u2028 Elise", wind=[3, 4]),
+    )  # fmt: skip
     source = scan_manifest(manifest, captions="text", conditions="temperature:1,wind:3,wind_mag:1")
     assert source.columns == (
         Column("caption", "U8", (RAGGED,)),
@@ -219,9 +220,17 @@ def test_captions_and_conditions_are_columns(tmp_path):
         "condition_present": [0, 1, 1],
     }
     assert source.items[1].attached == {"caption": "", "condition": [0] * 5, "condition_present": [0] * 3}
+    # Of the images that are there, in the order of their keys.
+    assert source.remarks == (
+        "condition 'temperature': 2 of 2 samples lack it; the first is '1.png'",
+        "condition 'wind': 1 of 2 samples hold another number of values than 3: cut, or filled with zeros; the first "
+        "is '1.png'",
+        "condition 'wind': 1 of 2 samples lack it; the first is '2.png'",
+        "condition 'wind_mag': 1 of 2 samples lack it; the first is '2.png'",
+    )
     assert content_digest(source.items[0], b"x") != content_digest(source.items[1], b"x")
     plain = scan_manifest(manifest)
-    assert plain.columns == () and plain.items[0].stamp != source.items[0].stamp
+    assert plain.columns == () and plain.remarks == () and plain.items[0].stamp != source.items[0].stamp
 
 
 @pytest.mark.parametrize("text", [3, ["a"], "half \ud800"])

@@ -1,5 +1,8 @@
 """The DDPM objective: loss and draws against formulas of their own, previews, and what a run learns."""
 
+from types import SimpleNamespace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from PIL import Image
 
 from fastlatent.diffusion.noise import Draws
 from fastlatent.models.unet import ConditionalUNet, UNetConfig, load_unet, unet_sizes
-from fastlatent.training.ddpm import DdpmLoss, DdpmObjective, Renormalised
+from fastlatent.training.ddpm import DdpmLoss, DdpmObjective, PixelBatches, Renormalised
 
 CONDITIONS = (("temperature", 1), ("wind", 2))
 
@@ -32,6 +35,7 @@ class Samples:
     """24 samples of latents, 8 a step: those with the numbers [first, last) of each."""
 
     steps_per_epoch = 3
+    left_out: ClassVar = {"a.png": "is empty"}
 
     def __init__(self, first=0, last=8) -> None:
         self.rows = slice(first, last)
@@ -137,7 +141,7 @@ def test_a_checkpoint_has_the_average_and_previews(tmp_path):
     weights = {name: torch.full_like(p, 0.01).detach() for name, p in objective.module.named_parameters()}
     folder = tmp_path / ".tmp-checkpoint-000120-abc"
     folder.mkdir()
-    assert objective.save(folder, weights) == {}
+    assert objective.save(folder, weights, hurried=False) == {}
     model, config = load_unet(folder)
     assert config == objective.config
     assert all((p == 0.01).all() for p in model.parameters())
@@ -151,8 +155,43 @@ def test_previews_of_diverged_weights_and_without_a_decoder(tmp_path):
     for name, objective in {"nan": objective_of(), "none": objective_of(decode=None)}.items():
         weights = {name: torch.full_like(p, float("nan")) for name, p in objective.module.named_parameters()}
         (tmp_path / name).mkdir()
-        objective.save(tmp_path / name, weights)
+        objective.save(tmp_path / name, weights, hurried=False)
         assert (tmp_path / name / "preview.png").exists() == (name == "nan")
+
+
+def test_a_hurried_checkpoint_is_whole_but_for_previews(tmp_path):
+    objective = objective_of(decode=lambda pixels: pytest.fail("there is no time to draw"))
+    weights = {name: p.detach() for name, p in objective.module.named_parameters()}
+    assert objective.save(tmp_path, weights, hurried=True) == {}
+    assert load_unet(tmp_path)[1] == objective.config
+    assert {path.name for path in tmp_path.iterdir()} == {"unet", "scheduler_config.json", "vae_source.json"}
+
+
+def test_left_out_files_are_those_of_the_batches():
+    given = config_of(latents_std=[2.0] * 3)
+    objective = objective_of(Renormalised(Samples(), given, config_of()))
+    assert objective.left_out() == {"a.png": "is empty"}
+    pixels = PixelBatches(SimpleNamespace(left_out={"b.png": "is no image"}), seed=0)
+    assert pixels.left_out == {"b.png": "is no image"}
+
+
+def test_a_step_makes_no_tensor_from_numbers(monkeypatch):
+    """On CUDA such a tensor is copied from memory that is not pinned, which waits for all work that is queued."""
+    given = config_of(latents_std=[2.0] * 3)
+    samples = Samples()
+    objective = objective_of(Renormalised(samples, given, config_of()))
+    stored = samples.batch(1)
+    samples.batch = lambda step: stored
+    objective.batch(1)
+    made = []
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *a, _name=name, **k: made.append(_name))
+    monkeypatch.setattr(torch.Tensor, "new_tensor", lambda *a, **k: made.append("new_tensor"))
+    monkeypatch.setattr(Draws, "normal", lambda self, name, shape: stored["latents"])
+    monkeypatch.setattr(Draws, "integers", lambda self, name, high: stored["label"])
+    monkeypatch.setattr(Draws, "uniform", lambda self, name: stored["condition"][:, 0])
+    assert objective.batch(1)["vector"].shape == (8, 6)
+    assert not made
 
 
 def test_previews_show_the_conditions_of_the_first_samples():

@@ -16,7 +16,7 @@ from fastlatent.models.ema import EMA, EmaSchedule
 from fastlatent.pipeline.checkpoints import checkpoints, step_of
 from fastlatent.training.log import Log, check_trackers
 from fastlatent.training.loop import schedule, train
-from fastlatent.training.team import Team
+from fastlatent.training.team import Team, check_launcher
 
 
 def steps_of(run):
@@ -155,6 +155,26 @@ def test_a_signal_to_one_stops_all(whole, tmp_path, teams, rank):
 def test_what_the_main_process_raises_all_raise(tmp_path, teams):
     printed = teams.run(2, "toy_faults:no_space", folder=str(tmp_path / "run"))
     assert "both stopped" in printed
+
+
+def test_what_a_launcher_says_is_compared(monkeypatch):
+    check_launcher("no", fsdp=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    check_launcher("bf16", fsdp=False)
+    with pytest.raises(ValueError, match="--mixed_precision bf16, the settings say no: add --mixed-precision bf16"):
+        check_launcher("no", fsdp=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_launcher("no", fsdp=True)
+    with pytest.raises(ValueError, match="says --use_fsdp: add --fsdp"):
+        check_launcher("no", fsdp=False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="not supported: use --fsdp"):
+        check_launcher("no", fsdp=True)
+
+
+def test_a_model_that_cannot_be_sharded(tmp_path, teams):
+    assert "leave out --fsdp" in teams.run(2, "toy_faults:not_sharded", folder=str(tmp_path / "run"))
 
 
 # --- learning rate ---

@@ -1,3 +1,4 @@
+import argparse
 import re
 
 import pytest
@@ -134,3 +135,11 @@ def test_files_that_are_something_else(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="expected tensors by name"):
         load_lpips(tmp_path / "list.pth")
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    torch.save({"options": argparse.Namespace()}, tmp_path / "code.pth")
+    for name in ("page", "code"):
+        with pytest.raises(
+            ValueError, match=f"{name}.pth does not load: it is damaged, or holds more than tensors"
+        ) as caught:
+            load_lpips(tmp_path / f"{name}.pth")
+        assert "weights_only" not in str(caught.value)  # torch's advice

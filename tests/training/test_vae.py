@@ -19,7 +19,7 @@ from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.sigma_vae import FILE as SIGMA_FILE
 from fastlatent.evaluation.reconstruction import psnr
 from fastlatent.training.vae import FixedImages, VaeLoss, VaeObjective, VaeWeights
-from fastlatent.training.vae_networks import KlNetwork, new_kl, new_kl16, new_sigma
+from fastlatent.training.vae_networks import KlNetwork, SigmaNetwork, new_kl, new_kl16, new_sigma
 
 SIDE = 24  # the smallest that the discriminator takes
 ALL = VaeWeights(mse=1.0, l1=0.5, lpips=0.7, kl=0.25, kl_reduction="sum", adversarial=0.8)
@@ -233,6 +233,7 @@ class Images:
 
     def __init__(self, count, side, channels=3):
         self.source = SimpleNamespace(items=range(count))
+        self.left_out = {"a.png": "is empty"}
         generator = torch.Generator().manual_seed(7)
         self.pixels = torch.rand(count, channels, side, side, generator=generator) * 2 - 1
 
@@ -254,7 +255,7 @@ def objective_of(network, weights=None, measured=7, validation=5):
 
 def saved(objective, folder):
     weights = {name: p.detach().clone() for name, p in objective.module.named_parameters()}
-    return weights, objective.save(folder, weights)
+    return weights, objective.save(folder, weights, hurried=False)
 
 
 def test_batches():
@@ -270,6 +271,8 @@ def test_batches():
     assert quiet.parts == ()
     assert not quiet.batch(9)["adversarial"]
     assert quiet.steps_per_epoch == 5
+    assert quiet.left_out() == {"a.png": "is empty"}
+    assert quiet.blocks == ()  # --fsdp is refused
 
 
 ALL_BUT_LPIPS = VaeWeights(mse=1.0, adversarial=0.5)
@@ -302,6 +305,9 @@ def test_a_checkpoint_holds_the_autoencoder_and_its_statistics(tmp_path):
     assert config.shift_factor == pytest.approx(float(values.mean()), rel=1e-4)
     assert config.latents_mean == pytest.approx(values.mean((0, 2, 3)).tolist(), rel=1e-4)
     assert config.latents_std == pytest.approx(values.std((0, 2, 3), correction=0).tolist(), rel=1e-5)
+    kept = json.loads((tmp_path / "latent_statistics.json").read_text())
+    assert kept == {"count": 7, **{name: config[name] for name in kept.keys() - {"count"}}}
+    assert kept.keys() == {"count", "scaling_factor", "shift_factor", "latents_mean", "latents_std"}
     # PSNR on floats, images 0, 2, 4, 6, 8
     pixels = objective.loader.pixels[::2]
     with torch.no_grad():
@@ -312,6 +318,34 @@ def test_a_checkpoint_holds_the_autoencoder_and_its_statistics(tmp_path):
     assert kept.keys() == {"images", "psnr", "ssim"}
     assert (tmp_path / "preview.png").exists()
     assert load_autoencoder(tmp_path).latent_channels == 2
+
+
+@pytest.mark.parametrize("make", [kl_network, sigma_network])
+def test_a_hurried_checkpoint_has_the_statistics_of_the_last(tmp_path, make):
+    objective = objective_of(make())
+    weights = {name: p.detach() for name, p in objective.module.named_parameters()}
+    for name in ("first", "measured", "second"):
+        (tmp_path / name).mkdir()
+        assert bool(objective.save(tmp_path / name, weights, hurried=name != "measured")) == (name == "measured")
+    found = {name: {path.name for path in (tmp_path / name).iterdir()} for name in ("first", "measured", "second")}
+    assert found["second"] == found["first"] | {"latent_statistics.json"}
+    assert found["measured"] == found["second"] | {"preview.png", "validation.json"}
+    measured, second = ((tmp_path / name / "latent_statistics.json").read_text() for name in ("measured", "second"))
+    assert measured == second
+    if make is kl_network:
+        first, second = (AutoencoderKL.load_config(tmp_path / name) for name in ("first", "second"))
+        assert (first["scaling_factor"], first["latents_mean"]) == (1.0, None)
+        assert second["scaling_factor"] == json.loads(measured)["scaling_factor"]
+    else:
+        first, second = (
+            torch.load(tmp_path / name / SIGMA_FILE, weights_only=True)["config"] for name in ("first", "second")
+        )
+        assert second == first | {k: v for k, v in json.loads(measured).items() if k != "count"}
+        # The statistics of what training began with are not those of these weights.
+        again = objective_of(SigmaNetwork(objective.loss.network.model, second))
+        (tmp_path / "third").mkdir()
+        again.save(tmp_path / "third", weights, hurried=True)
+        assert torch.load(tmp_path / "third" / SIGMA_FILE, weights_only=True)["config"] == first
 
 
 def test_small_images_have_no_ssim(tmp_path):
@@ -344,7 +378,8 @@ def test_errors_below_an_8_bit_step_count(tmp_path):
 def test_weights_of_a_run_that_diverges(tmp_path):
     objective = objective_of(kl_network(side=8))
     weights = {name: torch.full_like(p, math.nan) for name, p in objective.module.named_parameters()}
-    assert objective.save(tmp_path, weights) == {}
+    assert objective.save(tmp_path, weights, hurried=False) == {}
+    assert AutoencoderKL.load_config(tmp_path)["scaling_factor"] == 1.0
     assert json.loads((tmp_path / "validation.json").read_text())["psnr"] is None
     json.loads((tmp_path / "config.json").read_text(), parse_constant=pytest.fail)
 

@@ -44,6 +44,17 @@ def no_space(folder):
             print("both stopped")
 
 
+def not_sharded(folder):
+    """--fsdp for a model without blocks."""
+    team = Team(toy.CPU)
+    objective = toy.ToyObjective(team)
+    objective.blocks = ()
+    try:
+        train(objective, Path(folder), toy.settings(fsdp=True), team)
+    except ValueError as error:
+        print(error)
+
+
 def _train(objective, folder, team):
     Path(folder).mkdir(exist_ok=True)
     train(objective, Path(folder), toy.settings(), team)

@@ -123,8 +123,10 @@ def test_resume_with_other_settings(chain, tmp_path):
     assert "learning_rate: 0.01 (the run) != 0.001 (now)" in message
     assert "another --out" in message
     assert chain.contents(run) == before
-    # These change no loss.
-    assert train_ar(chain, run, "--checkpoint-every 1 --keep-checkpoints 1").code == 0
+    # These change no loss, nor does what is for images only, or where the dataset lies.
+    moved = chain.copy("latents", tmp_path / "moved")
+    for_images = "--size 16 --latent-statistics 5"
+    assert train_ar(chain, run, f"--checkpoint-every 1 --keep-checkpoints 1 {for_images}", latents=moved).code == 0
 
 
 def test_resume_as_another_kind_of_run(chain, tmp_path):

@@ -275,6 +275,14 @@ def test_a_manifest_with_conditions_and_captions(chain, manifest, tmp_path):
     out = encoded(chain, manifest, tmp_path / "d", f"--split train {SPEC}")
     assert "3 rows in" in out
     assert (
+        "condition 'temperature': 1 of 3 samples lack it; the first is 'a/1.png'\n"
+        "condition 'wind': 1 of 3 samples hold another number of values than 3: cut, or filled with zeros; the first "
+        "is 'a/1.png'\n"
+        "condition 'wind': 1 of 3 samples lack it; the first is 'b/2.png'\n"
+        "condition 'wind_mag': 1 of 3 samples lack it; the first is 'b/2.png'\n"
+        "3 images to encode"
+    ) in out
+    assert (
         "\n1 files could not be read and are not in the dataset:\n  'b/gone.png': line 6: there is no such file" in out
     )
     found = samples_of(tmp_path / "d", "condition", "condition_present", "caption")

@@ -1,5 +1,6 @@
 """Latents of a dataset and of the images it was made of: the same ones, and refusals that say the way out."""
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -14,9 +15,10 @@ from PIL import Image
 
 import fastlatent
 from fastlatent.config import TrainArConfig, TrainDdpmConfig, build
+from fastlatent.config.train import LatentTrainConfig, TrainConfig
 from fastlatent.store.reader import Dataset
 from fastlatent.workflows import latent_source
-from fastlatent.workflows.latent_source import STATISTICS, open_latents, report_left_out
+from fastlatent.workflows.latent_source import STATISTICS, open_latents
 
 SPEC = "temperature:1,wind:2,wind_mag:1"
 COUNT = 37  # groups of 16, 16 and 5 images are measured
@@ -258,12 +260,14 @@ def test_data_changes_with_the_images_and_the_autoencoder(folders, tmp_path):
 
 
 def test_what_is_refused(folders, tmp_path, make_run):
-    for name, value in (("vae", "v"), ("split", "train"), ("manifest_root", "/")):
+    for name, value in (("vae", "v"), ("split", "train"), ("manifest_root", "/"), ("input_range", "0,1")):
         flag = f"--{name.replace('_', '-')}"
         with pytest.raises(ValueError, match=f"is a dataset, and {flag} is for images: leave it out$"):
             open_latents(ddpm(tmp_path, folders.dataset, **{name: value}))
     with pytest.raises(ValueError, match="--mirror is for images: leave it out .*encode --mirror"):
         open_latents(ddpm(tmp_path, folders.dataset, mirror=True))
+    with pytest.raises(ValueError, match="--no-preserve-input-precision is for images: leave it out"):
+        open_latents(ddpm(tmp_path, folders.dataset, preserve_input_precision=False))
     (tmp_path / "begun").mkdir()
     shutil.copy(folders.dataset / "provenance.json", tmp_path / "begun")
     with pytest.raises(ValueError, match="an encode was interrupted"):
@@ -280,8 +284,11 @@ def test_what_is_refused(folders, tmp_path, make_run):
         open_latents(ddpm(tmp_path, folders.manifest, vae=vae, split="test"))
     with pytest.raises(ValueError, match="--condition-spec .* means nothing for"):
         open_latents(ddpm(tmp_path, images, vae=vae, condition_spec="wind:2"))
-    with pytest.raises(ValueError, match="lies inside the source"):
-        open_latents(ddpm(images, images, vae=vae))
+    for inside, flags in ((images, {"vae": vae}), (folders.dataset, {})):
+        with pytest.raises(ValueError, match="--out .*run lies inside the source"):
+            open_latents(ddpm(inside, inside, **flags))
+    with pytest.raises(ValueError, match="--input-range: expected two numbers"):
+        open_latents(ddpm(tmp_path, images, vae=vae, input_range="1,0"))
     with pytest.raises(ValueError, match="batch_size: expected 1 to 37"):
         config = ddpm(tmp_path, folders.dataset, batch_size=38)
         open_latents(config).batches(make_run(), config)
@@ -296,7 +303,7 @@ def test_a_channel_that_never_changes(folders, tmp_path):
     assert latent_source._normalization(every, mean, std) == ([1.5, 1.5], [0.75**0.5] * 2)
 
 
-def test_bad_images_are_listed(folders, tmp_path, make_run, capsys):
+def test_bad_images_are_replaced_and_named(folders, tmp_path, make_run):
     images = tmp_path / "images"
     shutil.copytree(folders.root / "images", images)
     (images / "a" / "00.png").write_text("no picture")
@@ -304,12 +311,48 @@ def test_bad_images_are_listed(folders, tmp_path, make_run, capsys):
     samples.append({"output_rel": "gone.png"})
     (images / "m.json").write_text(json.dumps({"output_root": ".", "samples": samples}))
     config = ddpm(tmp_path, images / "m.json", vae=str(folders.vae), batch_size=COUNT)
-    source = open_latents(config)
-    batches, *_ = source.batches(make_run(), config)
-    assert "1 files were left out" in capsys.readouterr().out
+    batches, *_ = open_latents(config).batches(make_run(), config)
     assert batches.batch(0)["latents"].shape == (COUNT, 2, 4, 4)
-    report_left_out(tmp_path, source.left_out)
-    assert "2 files were left out" in capsys.readouterr().out
-    listed = (tmp_path / "left_out.txt").read_text()
-    assert "'gone.png': " in listed
-    assert "'a/00.png': no readable" in listed
+    assert batches.left_out.keys() == {"gone.png", "a/00.png"}
+
+
+def test_float_images_are_read_as_asked(folders, tmp_path, make_run):
+    pixels = np.random.default_rng(0).uniform(0, 4, (4, 8, 8)).astype(np.float32)
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.fromarray(pixels[i]).save(tmp_path / "images" / f"{i}.tif")
+    means = []
+    for rounded in (False, True):
+        config = ddpm(
+            tmp_path, tmp_path / "images", vae=str(folders.vae), batch_size=4, input_range="0,4",
+            preserve_input_precision=not rounded,
+        )  # fmt: skip
+        batches, mean, _ = open_latents(config).batches(make_run(), config)
+        means.append(mean)  # measured again in the same folder: these are other pixels
+        images = batches.loader.images
+        got = images.samples(np.arange(4))["pixels"].numpy()
+        level = np.rint(pixels / 4 * 255) / 255 if rounded else pixels / 4
+        np.testing.assert_allclose(got, np.repeat(2 * level[:, None] - 1, 3, axis=1), atol=1e-6)
+    assert means[0] != means[1]
+
+
+def test_a_condition_that_no_image_has(folders, tmp_path, make_run, capsys):
+    config = ddpm(tmp_path, folders.manifest, vae=str(folders.vae), condition_spec="temprature:1,wind:2")
+    source = open_latents(config)
+    with pytest.raises(ValueError, match="--condition-spec: no image has numbers for 'temprature'; leave it out, or"):
+        source.condition_statistics()
+    source.batches(make_run(), config)
+    out = capsys.readouterr().out
+    assert f"condition 'temprature': {COUNT} of {COUNT} samples lack it; the first is 'a/00.png'\n" in out
+    assert f"condition 'wind': {COUNT - COUNT // 2} of {COUNT} samples lack it; the first is 'a/00.png'\n" in out
+
+
+def test_unused_settings_are_settings(folders, tmp_path):
+    names = {field.name for field in dataclasses.fields(TrainArConfig)}
+    stored = open_latents(ddpm(tmp_path, folders.dataset)).unused
+    fresh = open_latents(ddpm(tmp_path, folders.root / "images", vae=str(folders.vae))).unused
+    assert fresh == {"latents", "vae"}
+    # All that a source of latents is asked for, but how latents are normalised.
+    own = {field.name for field in dataclasses.fields(LatentTrainConfig)}
+    common = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert stored == own - common - {"normalization"} <= names

@@ -131,13 +131,14 @@ def trained(chain, done) -> Path:
     return done
 
 
-def test_a_manifest_becomes_samples(trained):
+def test_a_manifest_becomes_samples(chain, trained):
     commands = [line.split()[1:3] for line in readme_commands("Train anything")]
     assert [one[0] for one in commands] == ["train", "encode", "train", "sample"]
     assert len(list((trained / "field-samples" / "images").glob("*.png"))) == 4
     assert (trained / "runs" / "field-vae" / "validation.json").exists()
     for run in ("field-vae", "field-ddpm"):
         assert (trained / "runs" / run / "preview.png").exists() and (trained / "runs" / run / "loss.png").exists()
+    assert "temperature:1,wind:3,wind_mag:1" in chain.ok("inspect", trained / "runs" / "field-ddpm").out
 
 
 def test_the_run_loads_in_plain_diffusers(trained, monkeypatch):

@@ -291,7 +291,7 @@ def test_bad_conditions(made, tmp_path, text, message):
         ("dit", "--labels 3", "--labels: expected 0 to 2"),
         ("dit", "--labels random", "--labels random: give --num"),
         ("dit", "--labels random --num 2 --per-class 3", "give --num alone"),
-        ("dit", "--solver euler", "expected prediction_type flow for euler"),
+        ("dit", "--solver euler", "--solver euler is for flow; .* predicts v_prediction"),
         ("plain", "--num-inference-steps 1001", "expected 1 to 1000 steps, got 1001"),
         ("dit", "--npz --bit-depth 16", "--npz holds 8 bits"),
         ("dit", "--npz --no-decode --output o.safetensors", "--npz is about images"),
