@@ -72,8 +72,8 @@ class TrainVaeConfig(TrainConfig, ImageConfig):
     """Train an image autoencoder (diffusers layout) from scratch."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # Latent diffusion's recipe: learning rate 4.5e-6 per sample, discriminator late. Its KL weight of 1e-6 is one of
-        # sums over values, ours one of means: 1e-6·(4·32·32)/(3·256·256) = 2.1e-8, for 4×32×32 latents of 256² images.
+        # Latent diffusion's recipe: learning rate 4.5e-6 per sample, discriminator late. Its KL weight of 1e-6 is for
+        # sums over values, ours for means: 1e-6·(4·32·32)/(3·256·256) = 2.1e-8, for 4×32×32 latents of 256² images.
         "ldm": {
             "block_out_channels": (128, 256, 512, 512), "batch_size": 12, "learning_rate": 5.4e-5,
             "lr_schedule": "constant", "warmup_steps": 0, "adam_beta1": 0.5, "adam_beta2": 0.9, "weight_decay": 0.0,

@@ -133,8 +133,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError:  # torch's text asks to let the file run its code
         raise ValueError(
-            f"--lpips-weights {file} does not load: it is damaged, or holds more than tensors by name, which only pickle "
-            "can load, and pickle runs whatever code a file holds. Write the tensors alone with torch.save or safetensors"
+            f"--lpips-weights {file} does not load: it is damaged, or holds more than tensors by name, which only "
+            "pickle can load, and pickle runs whatever code a file holds; save its tensors alone"
         ) from None
     except Exception as error:  # damaged files raise many kinds
         raise ValueError(f"--lpips-weights {file} does not load: {' '.join(str(error).split())[:300]}") from None

@@ -212,8 +212,8 @@ class SigmaNetwork:
 
 def _compile(*parts: nn.Module) -> None:
     for part in parts:
-        # All modules are called through the same code, so that without dynamic=False the second one's other shapes
-        # would count as the first one's, changed, and all that follow would be compiled for dynamic shapes.
+        # Blocks of one class share their forward's code: to torch.compile the second one's other shapes are the first
+        # one's, changed, and it would compile all that follow for dynamic shapes.
         part.compile(dynamic=False)
 
 

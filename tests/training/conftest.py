@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# What the children would import else, each of them.
+IMPORTED = [f"fastlatent.workflows.{name}" for name in ("encode", "train_ar", "train_ddpm", "train_dit", "train_vae")]
+IMPORTED.append("matplotlib.backends.backend_agg")
+
 
 class Teams:
     """Runs a function in a team of processes; see forked_team.py."""
@@ -17,8 +21,8 @@ class Teams:
         paths = [str(here), str(here.parent / "workflows"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, here / "forked_team.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
+            [sys.executable, here / "forked_team.py", *IMPORTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment,
         )  # fmt: skip
         self._folder, self._count = folder, 0
 

@@ -1,12 +1,16 @@
 """Calls functions in teams of forked processes: torch and the rest are imported once, not by every process.
 
-    python forked_team.py    reads jobs from stdin, a line of JSON each, and answers each with one:
+    python forked_team.py MODULE ...    imports the modules, then reads jobs from stdin, a line of JSON each
+
+A job and its answer, another line:
+
     {"world": 2, "call": "toy_training:run", "kwargs": {...}, "log": "path"}  ->  [0, 0]
 
 The answer is the processes' exit codes. All of them get SIGKILL `kill_after` seconds after `kill_from` was written (a
 file; without it, after they began).
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -20,9 +24,10 @@ import traceback
 def main() -> None:
     import torch
 
-    import fastlatent.training.loop
-    import fastlatent.workflows.train  # noqa: F401  # imported before the forks
-
+    # Before the forks: a process would take 5 s for them.
+    for name in sys.argv[1:]:
+        with contextlib.suppress(ModuleNotFoundError):  # where diffusers is missing, its objectives are
+            importlib.import_module(name)
     # A thread pool would not survive the fork.
     torch.set_num_threads(1)
     for line in sys.stdin:

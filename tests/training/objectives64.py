@@ -54,11 +54,11 @@ def run(commands, name, folder, out, stop_at=None, more=()):
     """One command of `commands` in float64; a crash before step `stop_at`."""
     original = flow.train
 
-    def train(objective, run, settings, team):
+    def train(objective, run, settings, team, config):
         objective.module.double()
         if stop_at is not None:
             toy.at_step(objective, stop_at, toy.crash)
-        original(objective, run, settings, team)
+        original(objective, run, settings, team, config)
 
     flow.train = train
     places = {

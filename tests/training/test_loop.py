@@ -4,6 +4,7 @@ import math
 import os
 import random
 import signal
+import time
 
 import pytest
 import torch
@@ -442,7 +443,11 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     toy.run(tmp_path, trackers=("wandb",))
     [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert b"loudness" in file.read_bytes()
+    for _ in range(100):  # another process writes it, which need not be done when ours is
+        if b"loudness" in file.read_bytes():
+            return
+        time.sleep(0.2)
+    raise AssertionError("what was measured is not in the file")
 
 
 def test_trackers_are_checked(monkeypatch):

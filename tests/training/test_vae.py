@@ -145,6 +145,19 @@ def test_the_game():
     assert float(metrics["discriminator"]) == pytest.approx(float(theirs.detach()), rel=1e-10)
 
 
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_what_is_compiled_keeps_its_shapes(monkeypatch, adversarial):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    objective = objective_of(kl_network(), ALL_BUT_LPIPS if adversarial else None)
+    objective.compile()
+    assert all(options == {"dynamic": False} for _, options in compiled)
+    # The gradient of the last layer's weight is taken alone: with it inside, the whole backward pass would run.
+    last = objective.loss.network.last
+    assert any(last is inner for part, _ in compiled for inner in part.modules()) != adversarial
+    assert {id(part) for part, _ in compiled} >= {id(objective.loss.model.encoder)}
+
+
 def test_before_the_game_the_critic_has_gradients_of_zero():
     loss = full_loss(kl_network())
     value, metrics = loss(batch_of(loss.network))

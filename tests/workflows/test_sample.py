@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -291,8 +292,10 @@ def test_bad_conditions(made, tmp_path, text, message):
         ("dit", "--labels 3", "--labels: expected 0 to 2"),
         ("dit", "--labels random", "--labels random: give --num"),
         ("dit", "--labels random --num 2 --per-class 3", "give --num alone"),
-        ("dit", "--solver euler", "--solver euler is for flow; .* predicts v_prediction"),
+        ("dit", "--solver euler", "--solver euler is for flow; {path} predicts v_prediction: leave"),
         ("plain", "--num-inference-steps 1001", "expected 1 to 1000 steps, got 1001"),
+        ("pixel", "--vae anything", "--vae: this model samples pixels, there is nothing to decode"),
+        ("pixel", "--allow-other-vae", "--allow-other-vae: this model samples pixels"),
         ("dit", "--npz --bit-depth 16", "--npz holds 8 bits"),
         ("dit", "--npz --no-decode --output o.safetensors", "--npz is about images"),
         ("dit", "--bit-depth 16 --no-decode --output o.safetensors", "--bit-depth 16 is about images"),
@@ -302,6 +305,24 @@ def test_settings_of_another_kind(made, tmp_path, kind, more, message):
     words = more.split() if "--output" in more else [*more.split(), "--output", str(tmp_path / "o")]
     assert message.format(path=made / kind) in refused(made / kind, *words)
     assert not (tmp_path / "o").exists()
+
+
+def test_nothing_is_written_where_training_writes(made, tmp_path):
+    message = "belongs to the training; name another place"
+    run_folder = tmp_path / "run"
+    shutil.copytree(made / "pixel", run_folder)
+    checkpoint = run_folder / "checkpoint-000002"
+    before = sorted(run_folder.rglob("*"))
+    for output in (run_folder, run_folder / "samples", checkpoint / "images", tmp_path / "elsewhere" / ".." / "run"):
+        assert message in refused(run_folder, "--output", output)
+    assert message in refused(made / "dit", "--no-decode", "--output", made / "dit" / "model.safetensors")
+    # Beside a checkpoint that no training goes on from there is room.
+    ok(checkpoint, "--output", run_folder / "samples")
+    shutil.rmtree(run_folder / "samples")
+    (checkpoint / "training.safetensors").touch()
+    assert message in refused(checkpoint, "--output", run_folder / "samples")
+    (checkpoint / "training.safetensors").unlink()
+    assert sorted(run_folder.rglob("*")) == before
 
 
 def test_labels(made, tmp_path):

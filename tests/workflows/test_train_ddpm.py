@@ -1,6 +1,9 @@
 """train ddpm and pixel-ddpm through the command line: artifacts, resume, --init, old spellings, bad input."""
 
+import contextlib
+import io
 import json
+import re
 import shutil
 import sys
 
@@ -65,7 +68,10 @@ def latents(tmp_path_factory, manifest, vae):
 @pytest.fixture(scope="module")
 def pixel_run(tmp_path_factory, manifest):
     out = tmp_path_factory.mktemp("pixels") / "run"
-    assert main(f"train pixel-ddpm {manifest} --out {out} {PIXELS} --steps 4".split()) == 0
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert main(f"train pixel-ddpm {manifest} --out {out} {PIXELS} --steps 4".split()) == 0
+    assert "condition 'temperature': 3 of 9 samples lack it; the first is '00000.png'" in shown.getvalue()
     return out
 
 
@@ -109,7 +115,8 @@ def test_resume_is_exact_and_keeps_what_the_weights_mean(pixel_run, manifest, tm
     assert main(f"{line} --out {tmp_path / 'whole'} --init {pixel_run}".split()) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoint-000004")
-    assert main(f"{line} --out {tmp_path / 'again'}".split()) == 0
+    # What --init says now does not matter.
+    assert main(f"{line} --out {tmp_path / 'again'} --init {tmp_path / 'gone'}".split()) == 0
     for run in ("whole", "again"):
         assert (tmp_path / run / "vae_source.json").read_text() == (pixel_run / "vae_source.json").read_text()
     one, two = (load_file(tmp_path / run / "checkpoint-000004" / "training.safetensors") for run in ("whole", "again"))
@@ -216,6 +223,14 @@ def test_bad_input(pixel_run, manifest, latents, tmp_path, fails):
         f"{pixels} {init} --channels 1 --condition-spec {SPEC} --prediction-type v_prediction"
     )
     assert "its channels is 1, expected 3" in fails(f"{pixels} {init} --condition-spec {SPEC}")
+    same = f"{pixels} {init} --channels 1 --condition-spec {SPEC}"
+    for more, message in (
+        ("--block-out-channels 16,8", "--block-out-channels 16,8: --init .* has 8,8; leave"),
+        ("--layers-per-block 3", "--layers-per-block 3: --init .* has 1; leave"),
+        ("--norm-groups 8", "--norm-groups 8: --init .* has 4; leave"),
+        ("--unet UNet2DModel", "--unet UNet2DModel: --init .* has UNet2DConditionModel; leave"),
+    ):
+        assert re.search(message, fails(f"{same} {more}"))
 
 
 def test_the_old_console_script(manifest, tmp_path, monkeypatch, capsys):
@@ -229,6 +244,23 @@ def test_the_old_console_script(manifest, tmp_path, monkeypatch, capsys):
         shown = capsys.readouterr().out
         for expected in (f"source: {manifest}", f"out: {tmp_path / 'run'}", "size: 8", "batch_size: 4", "epochs: 2"):
             assert f"{expected}\n" in shown
+    more = (
+        "--use_ema --lr_warmup_steps 7 --checkpointing_steps 9 --checkpoints_total_limit 3 --ema_max_decay 0.99 "
+        "--adam_weight_decay 0.5 --ddpm_beta_schedule cosine --gradient_accumulation_steps 2 --adam_epsilon 1e-7 "
+        "--logger tensorboard --max_train_steps=11"
+    )
+    monkeypatch.setattr(sys, "argv", ["train-legacy-ddpm", *arguments.split(), *more.split()])
+    assert train_legacy_ddpm() == 0
+    shown = capsys.readouterr().out
+    for expected in (
+        "warmup_steps: 7", "checkpoint_every: 9", "keep_checkpoints: 3", "ema_decay: 0.99", "weight_decay: 0.5",
+        "beta_schedule: cosine", "accumulate: 2", "adam_eps: 1.0e-07", "steps: 11",
+    ):  # fmt: skip
+        assert f"\n{expected}\n" in shown, expected
+    assert "tensorboard" in shown
+    monkeypatch.setattr(sys, "argv", ["train-legacy-ddpm", *arguments.split(), "--lr_num_cycles", "2"])
+    assert train_legacy_ddpm() == 2
+    assert "unknown argument '--lr-num-cycles'" in capsys.readouterr().err
 
 
 @pytest.mark.soak

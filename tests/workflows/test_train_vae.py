@@ -1,7 +1,9 @@
 """train vae from the command line: layouts, what it starts from, validation, bad settings, and that it learns."""
 
 import json
+import os
 import re
+import shutil
 
 import numpy as np
 import plain_sigma_vae
@@ -35,7 +37,9 @@ def trained(images, tmp_path_factory):
     """A run with everything on that needs no weights from elsewhere."""
     out = tmp_path_factory.mktemp("run") / "vae"
     words = f"train vae {images} --out {out} --size 24 {SIZES} {RUN} --steps 4 --disc-weight 0.5 --disc-start 2"
-    assert main([*words.split(), "--validation", str(images), "--validation-images", "3"]) == 0
+    held_out = out.parent / "held-out"
+    shutil.copytree(images, held_out)
+    assert main([*words.split(), "--validation", str(held_out), "--validation-images", "3"]) == 0
     return out
 
 
@@ -101,8 +105,55 @@ def test_a_sigma_vae_goes_on(train, tmp_path):
     again = load_autoencoder(tmp_path / "out")
     assert again.config["std"] == 0.5
     assert again.latent_channels == 5
-    refused(train, "--latent-channels 6: --init .* has 5; leave", f"--init {tmp_path / 'sigma.pt'} --latent-channels 6")
-    refused(train, "--size 16: --init .* has 8", f"--init {tmp_path / 'sigma.pt'}", size=16)
+    other = f"--init {tmp_path / 'sigma.pt'} --out {tmp_path / 'other'}"
+    refused(train, "--latent-channels 6: --init .* has 5; leave", f"{other} --latent-channels 6")
+    refused(train, "--size 16: --init .* has 8", other, size=16)
+
+
+def test_a_resumed_run_needs_no_init(train, trained, tmp_path):
+    more = "--decoder-only --learning-rate 1e-2 --keep-checkpoints 9 --steps 4"
+    out = train(f"--init {trained} {more}", size=24)
+    assert "measured on 5 latents, of 10,000 asked for" in out
+    whole = load_file(checkpoints(tmp_path / "out")[-1] / "training.safetensors")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-000004")
+    # Sizes, and which weights are frozen, are those of the run; what --init says now does not matter.
+    out = train(f"{more} --init {tmp_path / 'gone'}", size=24)
+    assert "resuming from step 2" in out
+    again = load_file(checkpoints(tmp_path / "out")[-1] / "training.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-000004")
+    assert "resuming from step 2" in train(more, size=24)
+    refused(train, "holds a run with other settings.*\n.*decoder_only", "--steps 4 --learning-rate 1e-2", size=24)
+
+
+def test_images_that_changed_are_other_data(train, images, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(images, mine)
+    more = f"{SIZES} --latent-statistics 5"
+    assert "measured on 5 latents\n" in train(more, source=mine)
+    os.utime(mine / "0.png", ns=(1, 1))  # as many bytes, at another time
+    refused(train, "data: the training data changed", more, source=mine)
+
+
+def test_validation_is_on_other_images(train, images, tmp_path):
+    records = [{"record_type": "set", "output_root": str(images)}]
+    for i in range(5):
+        split = {"split": "val" if i == 4 else "train"}
+        records.append({"record_type": "sample", "output_rel": f"{i}.png", "metadata": split})
+    manifest = tmp_path / "m.json"
+    manifest.write_text("\n".join(map(json.dumps, records)))
+    options = {"source": manifest, "size": 8}
+    for more in (
+        "--validation-split val",
+        "--validation-split val --split val",
+        f"--validation {manifest} --split train",
+        f"--validation {tmp_path}/./m.json --validation-split val",
+    ):
+        refused(train, "would measure images that are trained on; name different ones with --split", more, **options)
+    assert not (tmp_path / "out").exists()
+    train(f"{SIZES} --split train --validation-split val", **options)
+    assert json.loads((tmp_path / "out" / "validation.json").read_text())["images"] == 1
 
 
 def test_sixteen_bit_images(train, tmp_path):
@@ -119,7 +170,7 @@ def test_sixteen_bit_images(train, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_settings_that_contradict_each_other(train, trained, tmp_path):
+def test_settings_that_contradict_each_other(train, trained, images, tmp_path):
     kl = f"--init {trained}"
     for message, more in (
         ("--lpips-weight 1.0 needs --lpips-weights. LPIPS needs two sets", "--lpips-weight 1"),
@@ -142,6 +193,7 @@ def test_settings_that_contradict_each_other(train, trained, tmp_path):
         ("--layout kl-16: --init .* has kl", f"{kl} --layout kl-16"),
         ("--validation .*empty: expected images|empty'? holds no image", f"--validation {tmp_path / 'empty'}"),
         ("--split 'val' means nothing", "--validation-split val"),
+        ("would measure images that are trained on", f"--validation {images}/."),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)
         refused(train, message, more)
