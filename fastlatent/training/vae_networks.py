@@ -190,7 +190,7 @@ class SigmaNetwork:
 
     def checkpoint_gradients(self) -> None:
         for part in self.model.modules():
-            if isinstance(part, (Beit3Layer, VitBlock)):
+            if type(part) in (Beit3Layer, VitBlock):
                 again = functools.partial(checkpoint, part.forward, use_reentrant=False)
                 part.forward = again
 
