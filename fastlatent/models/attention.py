@@ -22,7 +22,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     Returns:
         [B, N, H, D].
     """
-    flash = _flash_attention() if q.is_cuda and v.dtype in (torch.float16, torch.bfloat16) else None
+    flash = flash_attention() if q.is_cuda and v.dtype in (torch.float16, torch.bfloat16) else None
     if flash is not None and torch.cuda.get_device_capability(q.device)[0] >= 8:
         return flash(q, k, v, causal=causal)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -31,7 +31,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 
 
 @functools.cache
-def _flash_attention() -> Callable[..., Tensor] | None:
+def flash_attention() -> Callable[..., Tensor] | None:
+    """flash-attn's function, None where it is not installed."""
     try:
         from flash_attn import flash_attn_func
     except ImportError:

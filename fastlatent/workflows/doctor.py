@@ -28,6 +28,8 @@ OPTIONAL = (
     ("onnxscript", "onnxscript", "encode --engine tensorrt", "'fastlatent[onnx]'"),
     ("tensorrt", "tensorrt", "encode --engine tensorrt", "tensorrt-cu13"),
     ("ray", "ray", "encode --cluster ray", "'fastlatent[ray]'"),
+    ("tensorboard", "tensorboard", "train --trackers tensorboard", "'fastlatent[trackers]'"),
+    ("wandb", "wandb", "train --trackers wandb", "'fastlatent[trackers]'"),
 )
 
 
@@ -66,7 +68,9 @@ def doctor(config: DoctorConfig) -> int:
     kernels = "Triton kernels" if device == "cuda" else "compiled CPU kernels for few rows, torch for many"
     print("\npaths taken on this machine:")
     print("  encode   " + "\n           ".join(_encode_paths(device)))
-    print(f"  train    rows gathered by the compiled CPU kernel, eager torch on {device}, SDPA attention")
+    how = "torch.compile" if device == "cuda" else "eager torch"
+    print(f"  train    rows gathered by the compiled CPU kernel, {how} on {device}")
+    print(f"           attention: {_train_attention(device)}")
     print(f"  sample   head: {kernels}" + ("; a CUDA graph per token" if device == "cuda" else ""))
     print(f"           {_attention(device)}")
     print(f"  decode   autoencoder in eager torch on {device}")
@@ -94,6 +98,12 @@ def _attention(device: str) -> str:
     from fastlatent.sampling.attention import choose_attention
 
     return choose_attention(device, torch.bfloat16, 64, torch.bfloat16).describe()
+
+
+def _train_attention(device: str) -> str:
+    from fastlatent.models.attention import flash_attention
+
+    return "flash-attn in half precision" if device == "cuda" and flash_attention() else "PyTorch's SDPA"
 
 
 def _library() -> Finding:

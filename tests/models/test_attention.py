@@ -59,16 +59,16 @@ class OnCuda(torch.Tensor):
         (torch.bfloat16, (9, 0), False, False),
     ],
 )
-def test_flash_attention_where_it_can(monkeypatch, dtype, capability, cuda, flash):
+def testflash_attention_where_it_can(monkeypatch, dtype, capability, cuda, flash):
     calls = []
     fake = types.ModuleType("flash_attn")
     fake.flash_attn_func = lambda q, k, v, causal: calls.append((q.shape, k.shape, causal)) or q
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    attention._flash_attention.cache_clear()
+    attention.flash_attention.cache_clear()
     q, k = (torch.zeros(1, 3, heads, 8, dtype=dtype) for heads in (4, 2))
     if cuda:
         q, k = q.as_subclass(OnCuda), k.as_subclass(OnCuda)
     attention.attend(q, k, k, causal=True)
-    attention._flash_attention.cache_clear()
+    attention.flash_attention.cache_clear()
     assert calls == ([((1, 3, 4, 8), (1, 3, 2, 8), True)] if flash else [])
