@@ -16,6 +16,16 @@ else:
     settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("ours")
 
+
+@pytest.fixture(autouse=True)
+def tensors_are_made_on_the_cpu():
+    """A test that leaves `torch.device("meta")` on would break those after it, far from the cause."""
+    yield
+    if torch.empty(0).device.type != "cpu":
+        torch.set_default_device("cpu")
+        raise AssertionError("this test left another default device")
+
+
 REQUIRE_CUDA = os.environ.get("FASTLATENT_REQUIRE_CUDA") == "1"
 
 

@@ -191,7 +191,7 @@ def test_half_inside_float32_outside():
 def test_a_saved_checkpoint_loads(model, tmp_path):
     made = objective(model)
     weights = {name: p.detach().float() for name, p in made.module.named_parameters()}
-    assert made.save(tmp_path, weights) == {}
+    assert made.save(tmp_path, weights, hurried=False) == {}
     loaded, read = load_checkpoint(tmp_path, torch.float32, "cpu")
     assert read == made.config
     assert all(torch.equal(tensor, weights[f"model.{name}"]) for name, tensor in loaded.state_dict().items())

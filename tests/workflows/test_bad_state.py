@@ -279,7 +279,7 @@ def test_no_room_for_an_image(chain, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "sheet.png")
 
-    monkeypatch.setattr("fastlatent.workflows.decode.save_sheet", full)
+    monkeypatch.setattr("fastlatent.workflows.image_files.save_sheet", full)
     done = chain.command("decode --threads 1 --output", tmp_path / "out", chain.latents)
     assert "No space left on device (sheet.png)" in done.message
 
