@@ -10,7 +10,7 @@ demo:
 
 test:
 	@$(PYTHON) tools/bootstrap.py test
-	$(VENV)/python -m pytest -q
+	$(VENV)/python -m pytest -q -n 2 --dist loadfile
 
 soak:
 	@$(PYTHON) tools/bootstrap.py test

@@ -93,7 +93,7 @@ def _train_segments(pipe: Connection, provider: str, folder: Path, case: Case) -
     )  # fmt: skip
     before = high_water()
     source = open_latents(config)
-    with training_run(config, source.data) as run:
+    with training_run(config, source.data, source.count) as run:
         batches, _, _ = source.batches(run, config)
         objective = make_objective(model_config(str(case.sizes["model"])), batches, run.device)
         loop = Loop(objective, config, run.team, run.folder)

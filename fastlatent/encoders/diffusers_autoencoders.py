@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -226,6 +227,11 @@ def check_size(pixels: Tensor, multiple: int, fixed: int | None) -> None:
         raise ValueError(f"this autoencoder needs sides that are multiples of {multiple}, got {height}×{width}")
 
 
+# diffusers loads under a patch of torch that accelerate puts on and off again: two threads at once leave it on, and
+# from then on every weight of this process is made on "meta".
+_LOADING = threading.Lock()
+
+
 def load_folder(path: Path, device: torch.device | str, dtype: torch.dtype) -> DiffusersAutoencoder:
     """Load a folder with config.json and weights (in one file or in shards), or the newest checkpoint of a run.
 
@@ -236,9 +242,10 @@ def load_folder(path: Path, device: torch.device | str, dtype: torch.dtype) -> D
     config = _read_json(folder / "config.json")
     model_class = _model_class(folder, config.get("_class_name") if isinstance(config, dict) else None)
     try:
-        model, info = model_class.from_pretrained(
-            folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
-        )
+        with _LOADING:
+            model, info = model_class.from_pretrained(
+                folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
+            )
         digest = tensors_digest(_stored(folder))
     except Exception as error:  # diffusers and safetensors raise many kinds; every one means this folder is unusable
         raise ValueError(f"autoencoder: {folder} does not load: {' '.join(str(error).split())[:300]}") from error

@@ -59,11 +59,11 @@ class Run:
 
 
 @contextlib.contextmanager
-def training_run(config: TrainConfig, data: Any, unused: frozenset[str] = frozenset()) -> Iterator[Run]:
+def training_run(config: TrainConfig, data: Any, samples: int, unused: frozenset[str] = frozenset()) -> Iterator[Run]:
     """Hold the run folder for one training, with its config kept and compared; seeds the initial weights.
 
     `data` is JSON that changes whenever the training data does: a run never goes on with other data than it began with.
-    `unused` are settings that change nothing here, or nothing that `data` does not tell.
+    `samples` is how many it holds; `unused` are settings that change nothing here, or nothing that `data` does not tell.
 
     Raises:
         ValueError: the folder holds something else, a run with other settings, or one that is going on; the processes
@@ -80,6 +80,11 @@ def training_run(config: TrainConfig, data: Any, unused: frozenset[str] = frozen
         raise ValueError(
             f"--batch-size {config.batch_size} must be a multiple of {shares}: {team.world_size} processes times "
             f"--accumulate {config.accumulate}; use {max(shares, config.batch_size // shares * shares)}"
+        )
+    if config.batch_size > samples:  # before there is a folder
+        raise ValueError(
+            f"batch_size: expected 1 to {samples} (the number of samples), got {config.batch_size}; use --batch-size "
+            f"{samples}"
         )
     now = _settings(config, unused) | {"data": xxhash.xxh3_128_hexdigest(canonical_json(data))}
     lock = team.on_main(lambda: _hold(run, config, now))

@@ -16,7 +16,7 @@ def train_ar(config: TrainArConfig) -> None:
     if "num_heads" in given:
         sizes["num_kv_heads"] = given["num_heads"]
     source = open_labelled(config, "train ar")
-    with training_run(config, source.data, unused=source.unused) as run:
+    with training_run(config, source.data, source.count, source.unused) as run:
         begin = start(config, run, source, CheckpointConfig, {**sizes, **given})
         checkpoint = begin.checkpoint
         model = Transformer(checkpoint)

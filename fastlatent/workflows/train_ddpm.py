@@ -51,7 +51,7 @@ def train_ddpm(config: TrainDdpmConfig) -> None:
         [0.0] * source.channels, [1.0] * source.channels, source.vae or {},
     )  # fmt: skip
     _check(config, model_config)
-    with training_run(config, data=source.data, unused=source.unused) as run:
+    with training_run(config, source.data, source.count, source.unused) as run:
         batches, latents_mean, latents_std = source.batches(run, config)
         measured = dataclasses.replace(model_config, latents_mean=latents_mean, latents_std=latents_std)
         model, model_config = _begin(config, measured, run)
@@ -81,7 +81,7 @@ def train_pixel_ddpm(config: TrainPixelDdpmConfig) -> None:
     digest = xxhash.xxh3_128()
     for item in source.items:
         digest.update(repr((item.key, item.size, item.stamp)).encode())
-    with training_run(config, data=digest.hexdigest()) as run:
+    with training_run(config, digest.hexdigest(), len(source.items)) as run:
         if run.rank == 0:
             for remark in source.remarks:
                 print(remark, flush=True)

@@ -16,7 +16,7 @@ def train_dit(config: TrainDitConfig) -> None:
     if "num_heads" in given:
         sizes["num_kv_heads"] = given["num_heads"]
     source = open_labelled(config, "train dit")
-    with training_run(config, source.data, unused=source.unused) as run:
+    with training_run(config, source.data, source.count, source.unused) as run:
         begin = start(config, run, source, DiTCheckpointConfig, {"patch_size": 1, **sizes, **given})
         checkpoint = begin.checkpoint
         model = DiT(checkpoint)

@@ -70,7 +70,7 @@ def train_vae(config: TrainVaeConfig) -> None:
     digest = xxhash.xxh3_128()
     for item in source.items:
         digest.update(repr((item.key, item.size, item.stamp)).encode())
-    with training_run(config, data=digest.hexdigest()) as run:
+    with training_run(config, digest.hexdigest(), len(source.items)) as run:
         if run.resumed_from:  # what --init named may be gone by now
             network: Network = _network(load_autoencoder(checkpoints(run.folder)[-1]), config.size)
         else:
