@@ -63,7 +63,7 @@ def training_run(config: TrainConfig, data: Any, samples: int, unused: frozenset
     """Hold the run folder for one training, with its config kept and compared; seeds the initial weights.
 
     `data` is JSON that changes whenever the training data does: a run never goes on with other data than it began with.
-    `samples` is how many it holds; `unused` are settings that change nothing here, or nothing that `data` does not tell.
+    `samples`: how many it holds. `unused`: settings that change nothing here, or nothing that `data` does not tell.
 
     Raises:
         ValueError: the folder holds something else, a run with other settings, or one that is going on; the processes
