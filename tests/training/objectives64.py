@@ -12,9 +12,10 @@ import fastlatent.workflows.train as flow
 from fastlatent import cli
 
 SIDE = 32  # the smallest that a PatchGAN judges
+STEPS = 6
 COMMON = (
-    "--steps 6 --batch-size 4 --warmup-steps 2 --learning-rate 1e-2 --ema-decay 0.9 --checkpoint-every 2 --seed 3 "
-    "--device cpu"
+    f"--steps {STEPS} --batch-size 4 --warmup-steps 2 --learning-rate 1e-2 --ema-decay 0.9 --checkpoint-every 2 "
+    "--seed 3 --device cpu"
 )
 SIZES = "--hidden-size 64 --depth 1 --num-heads 2 --mlp-ratio 2"
 UNET = "--block-out-channels 8,8 --layers-per-block 1 --norm-groups 4 --preview-images 1 --preview-inference-steps 2"

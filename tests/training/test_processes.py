@@ -4,7 +4,9 @@ import random
 
 import pytest
 import toy_training as toy
-from objectives64 import COMMANDS
+from objectives64 import COMMANDS, STEPS
+
+from fastlatent.pipeline.checkpoints import checkpoints, step_of
 
 TOLERANCE = 1e-6
 
@@ -63,20 +65,17 @@ def test_cuda_is_the_cpu(folder, teams, whole, compiled):
 def test_kills_change_nothing(folder, teams, whole, kills):
     if kills == 3 and whole != "vae":
         pytest.skip("in make soak; what a crash leaves is the loop's, which the toy is crashed in")
-    draw, count, done, number = random.Random(7), 0, 0, 0
-    while count < kills:
+    draw, amid, number = random.Random(7), 0, 0
+    for kill in range(kills):
         out = f"{whole}-killed-{kills}-{number}"
         common = {"name": whole, "folder": str(folder), "out": out, "more": ["--checkpoint-every", "1"]}
         # The log is written as training begins; six steps and their checkpoints take about half a second.
         log = str(folder / out / "log.jsonl")
-        killed = teams.run(
-            1, "objectives64:run_one", kill_after=draw.uniform(0.0, 0.4), kill_from=log, **common
-        ) is None  # fmt: skip
-        if killed:
-            count += 1
-        else:  # it was done: that is one proof, and the next run begins
+        teams.run(1, "objectives64:run_one", kill_after=draw.uniform(0.0, 0.4), kill_from=log, **common)
+        steps = max(map(step_of, checkpoints(folder / out)), default=0)
+        amid += 0 < steps < STEPS
+        if steps == STEPS or kill == kills - 1:
+            teams.run(1, "objectives64:run_one", **common)
             toy.assert_same(folder / f"{whole}-1", folder / out)
-            done, number = done + 1, number + 1
-    teams.run(1, "objectives64:run_one", **common)
-    toy.assert_same(folder / f"{whole}-1", folder / out)
-    assert done or kills == 3, "every kill came before the first checkpoint: none of them was in the middle"
+            number += 1
+    assert amid >= kills // 5, "most kills came before the first checkpoint or after the last step"
