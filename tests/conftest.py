@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_makereport(item, call):
     """`make soak` leaves a row for every test that only it runs."""
     report = yield
-    if call.when == "call" and item.get_closest_marker("soak"):
+    if call.when == "call" and item.get_closest_marker("soak") and not report.skipped:
         import harness
         import rows
 
