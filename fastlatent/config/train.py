@@ -154,20 +154,20 @@ class LabelledTrainConfig(LatentTrainConfig):
     mlp_ratio: float | None = option(None, "FFN width is floor(hidden·ratio·2/3/64)·64", minimum=0)
 
 
+_LATENTLM: dict[str, Any] = {
+    "weight_decay": 0.1, "ema_schedule": "published", "mixed_precision": "bf16", "normalization": "all",
+}  # fmt: skip
+_LATENTLM_TOKENIZER = _LATENTLM | {"batch_size": 256, "steps": 200_000}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainArConfig(LabelledTrainConfig):
     """Train a next-token-diffusion Transformer (LatentLM) on latents."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "latentlm-medium-tokenizer": {
-            "model": "Transformer-Medium", "batch_size": 256, "steps": 200_000, "weight_decay": 0.1,
-            "ema_schedule": "published", "mixed_precision": "bf16", "normalization": "all",
-        },
-        "latentlm-scaling": {
-            "model": "Transformer-L", "batch_size": 2048, "weight_decay": 0.1, "ema_schedule": "published",
-            "mixed_precision": "bf16", "normalization": "all",
-        },
-    }  # fmt: skip
+        "latentlm-medium-tokenizer": _LATENTLM_TOKENIZER | {"model": "Transformer-Medium"},
+        "latentlm-scaling": _LATENTLM | {"model": "Transformer-L", "batch_size": 2048},
+    }
 
     model: str = option(
         "Transformer-Medium", "published size; flags override single numbers of it; with --init its sizes count instead"
@@ -182,10 +182,7 @@ class TrainDitConfig(LabelledTrainConfig):
     """Train a diffusion Transformer (LatentLM's DiT) on latents."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "latentlm-medium-tokenizer": {
-            "model": "DiT-Medium", "batch_size": 256, "steps": 200_000, "weight_decay": 0.1,
-            "ema_schedule": "published", "mixed_precision": "bf16", "normalization": "all",
-        },
+        "latentlm-medium-tokenizer": _LATENTLM_TOKENIZER | {"model": "DiT-Medium"},
         "dit": {
             "model": "DiT-XL", "batch_size": 256, "lr_schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0,
             "adam_beta2": 0.999, "prediction_type": "epsilon", "beta_schedule": "linear",
@@ -203,8 +200,13 @@ class TrainDitConfig(LabelledTrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class UNetTrainConfig:
-    """What train ddpm and pixel-ddpm share."""
+    """What train ddpm and pixel-ddpm share; before TrainConfig among their bases, of which it replaces defaults."""
 
+    warmup_steps: int = option(500, "linear warm-up", minimum=0)
+    adam_beta1: float = option(0.95, "AdamW", minimum=0, maximum=0.999999)
+    adam_beta2: float = option(0.999, "AdamW", minimum=0, maximum=0.999999)
+    weight_decay: float = option(1e-6, "AdamW, on matrices only", minimum=0)
+    ema_schedule: str = option("power", "as of the other models", choices=("warmup", "power", "constant", "published"))
     condition_spec: str | None = option(
         None, 'conditions such as "temperature:1,wind:3,wind_mag:1", or none; otherwise those of the dataset'
     )
@@ -228,26 +230,15 @@ class UNetTrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDdpmConfig(LatentTrainConfig, UNetTrainConfig):
+class TrainDdpmConfig(UNetTrainConfig, LatentTrainConfig):
     """Train a latent-diffusion UNet, with or without conditions."""
-
-    warmup_steps: int = option(500, "linear warm-up", minimum=0)
-    adam_beta1: float = option(0.95, "AdamW", minimum=0, maximum=0.999999)
-    adam_beta2: float = option(0.999, "AdamW", minimum=0, maximum=0.999999)
-    weight_decay: float = option(1e-6, "AdamW, on matrices only", minimum=0)
-    ema_schedule: str = option("power", "as of the other models", choices=("warmup", "power", "constant", "published"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainPixelDdpmConfig(TrainConfig, ImageConfig, UNetTrainConfig):
+class TrainPixelDdpmConfig(UNetTrainConfig, TrainConfig, ImageConfig):
     """Train a diffusion UNet on pixels, with or without conditions."""
 
     size: int = option(64, "side of the square centre crop, in pixels", minimum=1)
-    warmup_steps: int = option(500, "linear warm-up", minimum=0)
-    adam_beta1: float = option(0.95, "AdamW", minimum=0, maximum=0.999999)
-    adam_beta2: float = option(0.999, "AdamW", minimum=0, maximum=0.999999)
-    weight_decay: float = option(1e-6, "AdamW, on matrices only", minimum=0)
-    ema_schedule: str = option("power", "as of the other models", choices=("warmup", "power", "constant", "published"))
 
 
 @dataclass(frozen=True, kw_only=True)
