@@ -45,7 +45,7 @@ from fastlatent.models.dit import DiT, published_dit_size
 from fastlatent.models.transformer import Transformer, published_size
 from fastlatent.training.autoregressive import NextTokenLoss, NextTokenObjective
 from fastlatent.training.dit import DitLoss, DitObjective
-from fastlatent.training.latents import LatentBatches, StoredBatches
+from fastlatent.training.latents import Batches, LatentBatches
 from fastlatent.training.log import Log
 from fastlatent.training.loop import AUTOCAST, LoopSettings, Trainer, schedule
 from fastlatent.training.objective import Objective
@@ -180,7 +180,7 @@ def flops(model: str, batch: int) -> int:
 class TimedLoader:
     """A loader that keeps how long each of its batches took."""
 
-    def __init__(self, loader: StoredBatches) -> None:
+    def __init__(self, loader: Batches) -> None:
         self.loader = loader
         self.seconds: list[float] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -14,50 +14,28 @@ from torch import Tensor, nn
 
 from fastlatent.data.images import ImageLoader
 from fastlatent.diffusion.noise import Draws
-from fastlatent.diffusion.schedules import alphas_cumprod
-from fastlatent.diffusion.targets import add_noise, target
 from fastlatent.media.images import to_uint8
 from fastlatent.media.sheets import save_png, save_sheet
 from fastlatent.models.unet import ConditionalUNet, ConditionVectors, UNetConfig, save_unet, scheduler
+from fastlatent.training.denoising import TRAIN_TIMESTEPS, DenoisingLoss, wide
+from fastlatent.training.latents import Batches
 from fastlatent.training.objective import Part
 
 SHEET_COLUMNS = 4
 _STEP = re.compile(r"checkpoint-0*(\d+)")
 
 
-class DdpmLoss(nn.Module):
-    """Mean squared error of the prediction, over all values."""
+class DdpmLoss(DenoisingLoss):
+    """Mean squared error of the UNet's prediction, in float32 or more."""
 
-    schedule: Tensor
-
-    def __init__(self, model: ConditionalUNet, *, prediction_type: str, beta_schedule: str) -> None:
-        super().__init__()
-        self.model, self.prediction_type = model, prediction_type
-        self.register_buffer("schedule", alphas_cumprod(beta_schedule), persistent=False)
+    model: ConditionalUNet
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch: latents and noise [B, C, H, W], t int64 [B], and with conditions vector [B, K].
-
-        Noising and error are computed in float32, in float64 where the weights are.
-        """
+        """batch: latents and noise [B, C, H, W], t int64 [B], and with conditions vector [B, K]."""
         dtype = next(self.model.parameters()).dtype
-        exact = torch.promote_types(dtype, torch.float32)
-        clean, noise, t = batch["latents"].to(exact), batch["noise"].to(exact), batch["t"]
-        predicted = self.model(add_noise(clean, noise, t, self.schedule).to(dtype), t, batch.get("vector"))
-        wanted = target(self.prediction_type, clean, noise, t, self.schedule)
-        return (predicted.to(exact) - wanted).square().mean(), {}
-
-
-class Batches(Protocol):
-    """latents [b, C, H, W], draws, and with conditions condition and condition_present, of a step counted from 0."""
-
-    @property
-    def steps_per_epoch(self) -> int: ...
-
-    @property
-    def left_out(self) -> Mapping[str, str]: ...
-
-    def batch(self, step: int) -> dict[str, Any]: ...
+        clean, noise = wide(batch, dtype)
+        noisy, t = self.noised(clean, noise, batch["t"])
+        return self.error(self.model(noisy.to(dtype), t, batch.get("vector")), clean, noise, t), {}
 
 
 class PixelBatches:
@@ -155,7 +133,7 @@ class DdpmObjective:
         made = {
             "latents": latents,
             "noise": draws.normal("noise", tuple(latents.shape[1:])),
-            "t": draws.integers("t", len(self.loss.schedule)),
+            "t": draws.integers("t", TRAIN_TIMESTEPS),
         }
         if self._vectors is not None:
             dropped = draws.uniform("dropout") < self.cond_dropout_prob

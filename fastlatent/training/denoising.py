@@ -1,4 +1,4 @@
-"""What next-token diffusion and DiT share: times, dropped labels, noised latents and the squared error."""
+"""What next-token diffusion, DiT and UNets share: times, noised latents and the squared error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlatent.diffusion.targets import add_noise, target
 TRAIN_TIMESTEPS = 1000
 
 
-def draw_times(draws: Draws, prediction_type: str, flow_times: str, shape: tuple[int, ...] = ()) -> Tensor:
+def draw_times(draws: Draws, prediction_type: str, flow_times: str = "uniform", shape: tuple[int, ...] = ()) -> Tensor:
     """Times [B, *shape]: int64, uniform on 0 … 999; of flow float64 in (0, 1), uniform or the sigmoid of N(0, 1)."""
     if prediction_type != "flow":
         return draws.integers("t", TRAIN_TIMESTEPS, shape)
@@ -28,15 +28,17 @@ def drop_labels(draws: Draws, labels: Tensor, probability: float, null: int) -> 
     return torch.where(draws.uniform("dropout") < probability, null, labels)
 
 
-class Denoising(nn.Module):
-    """Noised latents, and the squared error of what a model predicts for them.
+class DenoisingLoss(nn.Module):
+    """A model, the noise that it is trained under, and the squared error of what it predicts.
 
     Args:
+        model: predicts.
         prediction_type, beta_schedule: what is predicted, under which noise (flow has no schedule).
     """
 
-    def __init__(self, prediction_type: str, beta_schedule: str) -> None:
+    def __init__(self, model: nn.Module, *, prediction_type: str, beta_schedule: str) -> None:
         super().__init__()
+        self.model = model
         self.prediction_type = prediction_type
         schedule = None if prediction_type == "flow" else alphas_cumprod(beta_schedule, TRAIN_TIMESTEPS)
         self.schedule: Tensor | None
@@ -47,7 +49,7 @@ class Denoising(nn.Module):
         noisy = add_noise(clean, noise, t, self.schedule)
         return noisy, t if self.schedule is not None else TRAIN_TIMESTEPS * t
 
-    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Mean squared error, in the dtype of `clean`."""
         wanted = target(self.prediction_type, clean, noise, t, self.schedule)
         return (prediction.to(clean.dtype) - wanted).square().mean()

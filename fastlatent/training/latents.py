@@ -14,8 +14,8 @@ from fastlatent.diffusion.noise import Draws
 CONDITION_COLUMNS = ("condition", "condition_present")
 
 
-class StoredBatches(Protocol):
-    """A LatentLoader or EncodedLoader."""
+class Batches(Protocol):
+    """What gives the batch of a step counted from 0: a loader, or what turns its batches into others."""
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -39,7 +39,7 @@ class LatentBatches:
 
     def __init__(
         self,
-        loader: StoredBatches,
+        loader: Batches,
         *,
         mean: Tensor,
         std: Tensor,

@@ -26,8 +26,8 @@ from fastlatent.models.unet import (
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.sources.conditions import parse_conditions
 from fastlatent.sources.open import open_source
-from fastlatent.training.ddpm import Batches, DdpmLoss, DdpmObjective, PixelBatches, Renormalised
-from fastlatent.training.latents import CONDITION_COLUMNS
+from fastlatent.training.ddpm import DdpmLoss, DdpmObjective, PixelBatches, Renormalised
+from fastlatent.training.latents import CONDITION_COLUMNS, Batches
 from fastlatent.workflows.condition_statistics import condition_statistics
 from fastlatent.workflows.decode import load_matching_autoencoder
 from fastlatent.workflows.encode_setup import parse_range
