@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +18,12 @@ from fastlatent.data.order import BatchOrder
 from fastlatent.media.images import ImageError, read_image, to_model_range
 from fastlatent.media.transforms import center_crop
 from fastlatent.ops import sample_posterior
-from fastlatent.sources.items import Item, Source
+from fastlatent.sources.items import Source, UnreadableError
 from fastlatent.store.records import encode_key, key_hashes
 
 # Threads that read and decode: at least 4, because disks and networks want several reads at once; at most 16, because
 # each of a machine's processes has as many. Two busy cores decode and crop 400 JPEGs of 500 x 375 a second.
 READERS = min(16, max(4, os.cpu_count() or 4))
-RETRY_SECONDS = (0.5, 2.0, 0.0)  # after each failed attempt to read a file
 
 
 class ImageLoader:
@@ -159,8 +157,8 @@ class _Files:
                 index = self._instead[index]
             item = self.source.items[index]
             try:
-                out[:] = self._decode(_read(self.source, item))
-            except (ImageError, _UnreadableError) as error:
+                out[:] = self._decode(self.source.fetch(item))
+            except (ImageError, UnreadableError) as error:
                 self.failures[item.key] = str(error)
                 self._instead[index] = (index + 1) % len(self.source.items)
                 continue
@@ -173,24 +171,6 @@ class _Files:
         if image.dtype != np.uint8 and not self._preserve:
             image = np.rint(image * np.float32(255)).astype(np.uint8)
         return to_model_range(center_crop(image, self.size)[0])
-
-
-class _UnreadableError(Exception):
-    pass
-
-
-def _read(source: Source, item: Item) -> bytes:
-    for pause in RETRY_SECONDS:
-        try:
-            return source.read(item)
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise _UnreadableError(f"{item.place} could not be read: {error.strerror or error}") from None
-        except OSError as error:  # of a network's file system, say
-            reason = error.strerror or str(error) or type(error).__name__
-            time.sleep(pause)
-        except ValueError as error:  # a damaged archive
-            raise _UnreadableError(str(error)) from None
-    raise _UnreadableError(f"{item.place} could not be read, {len(RETRY_SECONDS)} times: {reason}")
 
 
 class _Filler:

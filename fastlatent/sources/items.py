@@ -6,7 +6,8 @@ Torch-free.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import xxhash
 
 RAGGED = -1
+RETRY_SECONDS = (0.5, 2.0, 0.0)  # after each failed attempt to read a file
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -57,6 +59,10 @@ class Column:
     shape: tuple[int, ...]
 
 
+class UnreadableError(ValueError):
+    """An item's bytes cannot be had; the message says why."""
+
+
 @dataclass(frozen=True)
 class Source:
     """All items below one root.
@@ -77,6 +83,28 @@ class Source:
     ignored: Mapping[str, int] = field(default_factory=_nothing)
     beside: Mapping[str, Callable[[], bytes]] = field(default_factory=_nothing)
     remarks: tuple[str, ...] = ()
+
+    def fetch(self, item: Item) -> bytes:
+        """`read`, where a network's file is asked for three times; UnreadableError if it cannot be had."""
+        for pause in RETRY_SECONDS:
+            try:
+                return self.read(item)
+            except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+                raise UnreadableError(f"{item.place} could not be read: {error.strerror or error}") from None
+            except OSError as error:  # of a network's file system, say
+                reason = error.strerror or str(error) or type(error).__name__
+                time.sleep(pause)
+            except ValueError as error:  # a damaged archive
+                raise UnreadableError(str(error)) from None
+        raise UnreadableError(f"{item.place} could not be read, {len(RETRY_SECONDS)} times: {reason}")
+
+
+def items_digest(items: Iterable[Item], *names: str) -> str:
+    """xxh3_128, 32 hexadecimal digits, of these fields of all items."""
+    digest = xxhash.xxh3_128()
+    for item in items:
+        digest.update(repr(tuple(getattr(item, name) for name in names)).encode())
+    return digest.hexdigest()
 
 
 def stamp_of(mtime_ns: int, attached: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ from fastlatent.diffusion.targets import add_noise, target
 TRAIN_TIMESTEPS = 1000
 
 
-def draw_times(draws: Draws, prediction_type: str, flow_times: str = "uniform", shape: tuple[int, ...] = ()) -> Tensor:
+def draw_times(draws: Draws, prediction_type: str, flow_times: str, shape: tuple[int, ...] = ()) -> Tensor:
     """Times [B, *shape]: int64, uniform on 0 … 999; of flow float64 in (0, 1), uniform or the sigmoid of N(0, 1)."""
     if prediction_type != "flow":
         return draws.integers("t", TRAIN_TIMESTEPS, shape)

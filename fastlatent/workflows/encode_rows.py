@@ -64,7 +64,7 @@ def read_pictures(setup: EncodeSetup, unit: Unit, items: Sequence[PlannedItem]) 
 
 def _read(setup: EncodeSetup, planned: PlannedItem) -> bytes:
     item = setup.item(planned.key)
-    data = b"" if item is None else setup.read(item)
+    data = b"" if item is None else setup.source.fetch(item)
     if item is None or content_digest(item, data) != planned.digest:
         raise ValueError(f"{planned.path} changed while the dataset was being encoded; rerun the same command")
     return data

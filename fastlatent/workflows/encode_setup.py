@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -40,7 +39,6 @@ from fastlatent.store.records import Field, Schema
 from fastlatent.store.scan import Entry
 from fastlatent.workflows.runtime import DTYPES, available_cores, set_up
 
-RETRY_SECONDS = (0.5, 2.0, 0.0)  # after each failed attempt to read a file
 # What a decoder needs besides Pillow, as pip calls it.
 PACKAGES = {"dali": ("nvidia-dali-cuda130",), "nvimagecodec": ("nvidia-nvimgcodec-cu13",)}
 STORED = {
@@ -124,7 +122,7 @@ class EncodeSetup:
         item = self.item(entry.key)
         assert item is not None
         try:
-            data = self.read(item)
+            data = self.source.fetch(item)
         except ValueError as error:
             self._unreadable[item.key] = str(error)
             return None
@@ -143,22 +141,6 @@ class EncodeSetup:
     @property
     def input_range(self) -> tuple[float, float] | None:
         return parse_range(self.config.input_range) if self.config.input_range else None
-
-    def read(self, item: Item) -> bytes:
-        """The item's bytes. A network's file is asked for three times.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
-        for pause in RETRY_SECONDS:
-            try:
-                return self.source.read(item)
-            except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-                raise ValueError(f"{item.place} could not be read: {error.strerror or error}") from None
-            except OSError as error:
-                reason = error.strerror or str(error) or type(error).__name__
-                time.sleep(pause)
-        raise ValueError(f"{item.place} could not be read, {len(RETRY_SECONDS)} times: {reason}")
 
     def pixel_shape(self, row: tuple[int, ...]) -> tuple[int, int]:
         """Height and width of the pixels that a row [F, 2C or C, h, w] is made of."""

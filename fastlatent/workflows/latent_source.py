@@ -26,6 +26,7 @@ from fastlatent.encoders.load import load_autoencoder
 from fastlatent.pipeline.ahead import ahead
 from fastlatent.pipeline.progress import Progress
 from fastlatent.sources.conditions import parse_conditions
+from fastlatent.sources.items import items_digest
 from fastlatent.sources.open import open_source
 from fastlatent.store.files import canonical_json, parse_json, read_bytes, write_atomic
 from fastlatent.store.reader import PROVENANCE
@@ -263,11 +264,8 @@ class _ImageSource(LatentSource):
         self.channels, self.side, self.count = vae.latent_channels, size // vae.downsample, len(items)
         self.classes, self.conditions = self.source.classes, parse_conditions(spec)
         self.vae = {**vae.identity(), "path": str(Path(config.vae).resolve())}
-        digest, self.unlabelled = xxhash.xxh3_128(), 0
-        for item in items:
-            digest.update(repr((item.key, item.size, item.stamp, item.label)).encode())
-            self.unlabelled += item.label < 0
-        self.data = [vae.identity(), self.classes, digest.hexdigest()]
+        self.unlabelled = sum(item.label < 0 for item in items)
+        self.data = [vae.identity(), self.classes, items_digest(items, "key", "size", "stamp", "label")]
 
     def batches(self, run: Run, config: LatentTrainConfig) -> tuple[LatentBatches, list[float], list[float]]:
         images = ImageLoader(

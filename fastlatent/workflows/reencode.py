@@ -61,7 +61,7 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
     for i, digest in zip(chosen.tolist(), digests, strict=True):
         item = setup.item(dataset.key(i))
         with suppress(ValueError):  # it cannot be read any more
-            if item is not None and content_digest(item, setup.read(item)) == digest:
+            if item is not None and content_digest(item, setup.source.fetch(item)) == digest:
                 items[i] = PlannedItem(item.key, item.place, digest, item.size, item.stamp)
     if not items:
         raise ValueError(f"--source {source}: expected files as they were encoded, got 0 of {len(chosen)} unchanged")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from fastlatent.config import TrainDdpmConfig, TrainPixelDdpmConfig, UNetTrainConfig
@@ -25,6 +24,7 @@ from fastlatent.models.unet import (
 )
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.sources.conditions import parse_conditions
+from fastlatent.sources.items import items_digest
 from fastlatent.sources.open import open_source
 from fastlatent.training.ddpm import DdpmLoss, DdpmObjective, PixelBatches, Renormalised
 from fastlatent.training.latents import CONDITION_COLUMNS, Batches
@@ -78,10 +78,8 @@ def train_pixel_ddpm(config: TrainPixelDdpmConfig) -> None:
         [0.0] * config.channels, [1.0] * config.channels, None,
     )  # fmt: skip
     _check(config, model_config)
-    digest = xxhash.xxh3_128()
-    for item in source.items:
-        digest.update(repr((item.key, item.size, item.stamp)).encode())
-    with training_run(config, digest.hexdigest(), len(source.items)) as run:
+    data = items_digest(source.items, "key", "size", "stamp")
+    with training_run(config, data, len(source.items)) as run:
         if run.rank == 0:
             for remark in source.remarks:
                 print(remark, flush=True)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from diffusers import AutoencoderKL
 
 from fastlatent.config import TrainVaeConfig
@@ -17,7 +16,7 @@ from fastlatent.encoders.diffusers_autoencoders import DiffusersAutoencoder
 from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.sigma_vae import SigmaVAE
 from fastlatent.pipeline.checkpoints import checkpoints
-from fastlatent.sources.items import Source
+from fastlatent.sources.items import Source, items_digest
 from fastlatent.sources.open import kind_of, open_source
 from fastlatent.training import discriminator, lpips
 from fastlatent.training.vae import (
@@ -67,10 +66,8 @@ def train_vae(config: TrainVaeConfig) -> None:
         root = config.manifest_root if kind_of(place) == "manifest" else None
         held_out = _open(place, config.validation_split, root, "--validation")
         _check_held_out(config, place)
-    digest = xxhash.xxh3_128()
-    for item in source.items:
-        digest.update(repr((item.key, item.size, item.stamp)).encode())
-    with training_run(config, digest.hexdigest(), len(source.items)) as run:
+    data = items_digest(source.items, "key", "size", "stamp")
+    with training_run(config, data, len(source.items)) as run:
         if run.resumed_from:  # what --init named may be gone by now
             network: Network = _network(load_autoencoder(checkpoints(run.folder)[-1]), config.size)
         else:

@@ -44,7 +44,9 @@ def test_some_shards_only(path):
 # --- the choice ---
 
 
-def test_what_is_in_memory_is_copied_from_there(path):
+def test_what_is_in_memory_is_copied_from_there(path, monkeypatch):
+    """Asked for as if in memory: the kernel may drop files just written at any time, and once did (40 % were there)."""
+    monkeypatch.setattr(backends, "count_resident", lambda tensor: (7, 7))
     assert choose_backend(LatentDataset(path).store) == Choice("ram", "100% of what was probed is in memory")
 
 

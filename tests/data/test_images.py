@@ -121,7 +121,7 @@ def test_no_file_can_be_read(folder):
 
 
 def test_a_network_is_asked_again(folder, monkeypatch):
-    monkeypatch.setattr(images_module, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("fastlatent.sources.items.RETRY_SECONDS", (0.0, 0.0, 0.0))
     source, failures = open_source(folder), []
 
     def read(item):

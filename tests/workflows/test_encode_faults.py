@@ -19,7 +19,6 @@ from PIL import Image, ImageOps
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.sources.files import LocalFiles
 from fastlatent.store.reader import Dataset
-from fastlatent.workflows import encode_setup
 
 SIZE, BATCH = 8, 4
 # Batches that are not full, and units that hold good and bad files, one of them only bad ones.
@@ -296,7 +295,7 @@ def test_a_file_that_cannot_be_read_is_left_out_until_it_can(chain, images, tmp_
         return read(self, path)
 
     monkeypatch.setattr(LocalFiles, "read", refuse)
-    monkeypatch.setattr(encode_setup, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("fastlatent.sources.items.RETRY_SECONDS", (0.0, 0.0, 0.0))
     done = run(chain, images, tmp_path / "d")
     reason = os.strerror(number) if number == errno.EACCES else f"3 times: {os.strerror(number)}"
     assert done.code == 0 and "7 rows" in done.out
