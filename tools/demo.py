@@ -36,12 +36,12 @@ COMMANDS = {
     "--diffusion-depth 2 --batch-mul 2 --steps 1200 --batch-size 64 --learning-rate 2e-3 --ema-decay 0.995 "
     "--checkpoint-every 600",
     "sample": f"sample ar --output samples.safetensors --no-decode --per-class {PER_CLASS} --cfg-scale 1.25",
-    "decode": f"decode samples.safetensors --output samples --columns {PER_CLASS}",
+    "decode": f"decode samples.safetensors --output-dir samples --columns {PER_CLASS}",
 }
 # The held-out images through the autoencoder; part of no stage above.
 ROUND_TRIP = [
     f"encode digits/test --vae vae --out latents/test --size {SIZE}",
-    "decode latents/test --output reconstructions --columns 20",
+    "decode latents/test --output-dir reconstructions --columns 20",
 ]
 
 

@@ -4,6 +4,7 @@ The command line, the YAML files and the docs are made from these. Precedence: d
 Plain Python, no torch: `fastlatent --help` imports this.
 """
 
+from fastlatent.config.decode import DecodeConfig, GalleryConfig
 from fastlatent.config.encode import EncodeConfig
 from fastlatent.config.fields import (
     MAX_SEED,
@@ -25,7 +26,7 @@ from fastlatent.config.maintain import (
     StatsConfig,
     VerifyConfig,
 )
-from fastlatent.config.sample import DecodeConfig, RoundtripConfig, SampleConfig
+from fastlatent.config.sample import RoundtripConfig, SampleConfig
 from fastlatent.config.train import (
     ExportConfig,
     LabelledTrainConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "EncodeConfig",
     "ExportConfig",
     "FilterConfig",
+    "GalleryConfig",
     "GcConfig",
     "InspectConfig",
     "LabelledTrainConfig",

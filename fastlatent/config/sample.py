@@ -1,4 +1,4 @@
-"""Settings of sample, decode and roundtrip."""
+"""Settings of sample and roundtrip."""
 
 from __future__ import annotations
 
@@ -67,23 +67,6 @@ class SampleConfig:
     int8: bool = option(False, "ar, CPU: int8 weights with a scale per row: half the bytes of bfloat16, less exact")
     published: bool = option(False, "ar: round timesteps to --dtype as the published code does")
     compile: bool = option(False, "torch.compile the model (ar: the backbone's step)")
-    threads: int = option(0, "CPU threads; 0: all cores", minimum=0, maximum=MAX_THREADS)
-    device: str = option("auto", DEVICE_HELP)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """Decode latents (a dataset, or a file written by sample) to images."""
-
-    latents: str = required("dataset folder, or .safetensors file written by `fastlatent sample`", positional=True)
-    output: str = required("folder for PNG images and sheet.png")
-    vae: str | None = option(None, "autoencoder; otherwise the one that the latents' provenance names")
-    allow_other_vae: bool = option(False, "decode although the autoencoder is not the one that made the latents")
-    limit: int = option(0, "decode only the first rows; 0: all", minimum=0)
-    columns: int = option(10, "images per row of sheet.png", minimum=1)
-    bit_depth: str = option("8", "of the PNG files; 16 for models of 16-bit or float images", choices=("8", "16"))
-    batch_size: int = option(16, "latents per forward pass", minimum=1)
-    dtype: str = option("float32", "dtype the autoencoder runs in", choices=("float32", "bfloat16", "float16"))
     threads: int = option(0, "CPU threads; 0: all cores", minimum=0, maximum=MAX_THREADS)
     device: str = option("auto", DEVICE_HELP)
 

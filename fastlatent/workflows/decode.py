@@ -24,7 +24,8 @@ from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
 def decode(config: DecodeConfig) -> None:
     """Decode a latent dataset or a file of sampled latents; see DecodeConfig."""
     device = set_up(config.device, config.threads)
-    path, output = Path(config.latents), Path(config.output)
+    path = Path(config.latents)
+    output = Path(config.output_dir) if config.output_dir else path.with_name(f"{path.stem}-images")
     if not path.exists():
         raise ValueError(
             f"{path} does not exist; expected a dataset folder or a .safetensors file of `fastlatent sample`"
