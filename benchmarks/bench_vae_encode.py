@@ -145,27 +145,12 @@ def prepare(case: harness.Case) -> Iterator[harness.Prepared]:
 
         return run
 
-    def floor() -> Callable[[], Tensor]:
-        columns = 4096 if case.device == "cuda" else 1024
-        left = torch.randn(8192, columns, device=device, dtype=dtype)
-        right = torch.randn(columns, columns, device=device, dtype=dtype)
-        products, rest = divmod(batch * flops(model, size), 2 * len(left) * columns**2)
-        last = left[: max(1, round(rest / (2 * columns**2)))]
-
-        @torch.inference_mode()
-        def run() -> Tensor:
-            for _ in range(products):
-                left @ right
-            return last @ right
-
-        return run
-
     factories: dict[str, Callable[[], Callable[[], object]]] = {
         **{name: functools.partial(ours, *OURS[name]) for name in OURS},
         "diffusers": diffusers,
         "diffusers-nhwc": lambda: diffusers(nhwc=True),
         "diffusers-compile": lambda: diffusers(nhwc=True, compile=True),
-        "floor": floor,
+        "floor": lambda: products(batch * flops(model, size), device, dtype),
     }
     try:
         yield harness.Prepared(
@@ -179,6 +164,23 @@ def prepare(case: harness.Case) -> Iterator[harness.Prepared]:
         torch.set_num_threads(threads_before)
         if case.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def products(flops: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """As many FLOPs in products of matrices of 4096 columns (CPU: 1024)."""
+    columns = 4096 if device.type == "cuda" else 1024
+    left = torch.randn(8192, columns, device=device, dtype=dtype)
+    right = torch.randn(columns, columns, device=device, dtype=dtype)
+    whole, rest = divmod(flops, 2 * len(left) * columns**2)
+    last = left[: max(1, round(rest / (2 * columns**2)))]
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        for _ in range(whole):
+            left @ right
+        return last @ right
+
+    return run
 
 
 # ---- pytest ----------------------------------------------------------------------------------------------

@@ -13,15 +13,26 @@ if TYPE_CHECKING:
     from fastlatent.data.loader import LatentLoader
     from fastlatent.diffusion.solvers import SolverTable
     from fastlatent.heads.diffusion_head import DiffusionHead
+    from fastlatent.workflows.decode_experiment import ExperimentLatentDecoder
     from fastlatent.workflows.encode import EncodeReport
     from fastlatent.workflows.next_token_pipeline import NextTokenPipeline
 
 __version__ = "0.1.0"
-__all__ = ["DiffusionHead", "LatentDataset", "LatentLoader", "NextTokenPipeline", "SolverTable", "encode", "ops"]
+__all__ = [
+    "DiffusionHead",
+    "ExperimentLatentDecoder",
+    "LatentDataset",
+    "LatentLoader",
+    "NextTokenPipeline",
+    "SolverTable",
+    "encode",
+    "ops",
+]
 
 # Resolved on first use: importing fastlatent imports no torch.
 _HOME = {
     "DiffusionHead": "fastlatent.heads.diffusion_head",
+    "ExperimentLatentDecoder": "fastlatent.workflows.decode_experiment",
     "LatentDataset": "fastlatent.data.latents",
     "LatentLoader": "fastlatent.data.loader",
     "NextTokenPipeline": "fastlatent.workflows.next_token_pipeline",

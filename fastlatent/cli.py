@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "export": (config.ExportConfig, "export", "export"),
     "sample": (config.SampleConfig, "sample", "sample"),
     "decode": (config.DecodeConfig, "decode", "decode"),
+    "gallery": (config.GalleryConfig, "gallery", "gallery"),
     "roundtrip": (config.RoundtripConfig, "roundtrip", "roundtrip"),
     "inspect": (config.InspectConfig, "inspect", "inspect"),
     "verify": (config.VerifyConfig, "verify", "verify"),
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     namespace, unknown = parser.parse_known_args(arguments)
     command, given = namespace.command, vars(namespace)
-    cls, module, function = COMMANDS[command]
+    cls = COMMANDS[command][0]
     own_dry_run = any(field.name == "dry_run" for field in dataclasses.fields(cls))  # then it is a setting of the job
     general = ("command", "train_command", "config", *(() if own_dry_run else ("dry_run",)))
     flags = {k: v for k, v in given.items() if k not in general}
@@ -64,16 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"fastlatent {command}: {error}", file=sys.stderr)
         return 2
+    return run(command, resolved, only_print=not own_dry_run and given["dry_run"])
+
+
+def run(command: str, resolved: Any, *, only_print: bool = False) -> int:
+    """Print a resolved config and do what it says; what goes wrong becomes a message and an exit code."""
+    _, module, function = COMMANDS[command]
     try:
         text = config.to_yaml(resolved)
         if text:
             print(f"# fastlatent {command}\n{text}", end="", flush=True)
-        if not own_dry_run and given["dry_run"]:
+        if only_print:
             return 0
         result = _imported(module, function)(resolved)
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        then = "go on" if command.startswith(("encode", "train")) else "start over"
+        then = "go on" if command.startswith(("encode", "train", "decode")) else "start over"
         print(f"fastlatent {command}: interrupted; rerun the same command to {then}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:

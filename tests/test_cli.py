@@ -166,7 +166,8 @@ def test_help_of_the_whole(capsys):
     assert "encode" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "gc"])  # its dry run is a run
+# The dry runs of gc and decode are settings of their own: they look at what is there.
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("gc", "decode")])
 def test_dry_run_reads_back(capsys, tmp_path, command):
     cls = COMMANDS[command][0]
     assert main([*command.split(), *required_flags(cls), "--dry-run"]) == 0

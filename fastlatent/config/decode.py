@@ -71,4 +71,11 @@ class GalleryConfig:
 
     folder: str = required("experiment folder, or folder written by decode or sample", positional=True)
     output: str | None = option(None, "the page; otherwise FOLDER/gallery.html")
-    height: int = option(240, "of the embedded videos and images in pixels; 0: as they are", minimum=0)
+    height: int = option(
+        240, "of the embedded videos and images in pixels, which are never enlarged; 0: as they are", minimum=0
+    )
+    prompt_filter: str | None = option(
+        None, "experiments: names or globs of prompt folders separated by commas; also first, last, every:5"
+    )
+    video_filter: str | None = option(None, "experiments: the same for video folders")
+    step_filter: str | None = option(None, "experiments: the same for steps, such as step_000,step_019")

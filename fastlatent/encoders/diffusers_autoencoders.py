@@ -23,9 +23,10 @@ from fastlatent.pipeline.checkpoints import resolve
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARDS = WEIGHTS + ".index.json"
 # Config entries of the model that is trained on the latents; they change no byte of the output.
-_SCALING = {"scaling_factor", "shift_factor", "latents_mean", "latents_std"}
-# Parts that encoding does not use; an exported encoder leaves them out.
+SCALING = {"scaling_factor", "shift_factor", "latents_mean", "latents_std"}
+# Parts that the other direction does not use; an exported encoder or decoder leaves them out.
 _DECODING = ("decoder", "post_quant_conv", "decoder_unet", "quantize", "bn")
+_ENCODING = ("encoder", "quant_conv", "bn")
 
 Config = Mapping[str, Any]
 
@@ -93,7 +94,7 @@ KINDS: dict[str, Kind] = {
     ),
 }  # fmt: skip
 
-_VIDEO = "it compresses time: it is made for videos, not for images"
+_VIDEO = "it compresses time: it is made for videos, which `fastlatent decode EXPERIMENT_DIR` decodes"
 _SOUND = "it is made for sound, not for images"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
@@ -112,8 +113,8 @@ REFUSED: dict[str, str] = {
         ),
         _SOUND,
     ),
-    "AutoencoderKLTemporalDecoder": "its decoder mixes the frames of a video (its encoder is that of Stable Diffusion: "
-    "name that AutoencoderKL)",
+    "AutoencoderKLTemporalDecoder": "it mixes the frames of a video, which `fastlatent decode EXPERIMENT_DIR` decodes "
+    "(its encoder is that of Stable Diffusion: name that AutoencoderKL)",
     "RFD4ProteinaAutoencoder": "it is made for molecules, not for images",
 }  # fmt: skip
 
@@ -126,13 +127,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, model: Any, kind: Kind) -> None:
         super().__init__()
-        self.model: Any = copy.copy(model)
-        self.model._modules = {
-            name: nn.Identity() if name in _DECODING else part for name, part in model._modules.items()
-        }
-        for part in self.model.modules():
-            if hasattr(part, "add_temporal_downsample"):  # a numpy.bool here, which torch.compile takes for data
-                part.add_temporal_downsample = bool(part.add_temporal_downsample)
+        self.model = _without(model, _DECODING)
         self.kind = kind
         self.opaque: bool = kind.pixels(model.config) == 4
 
@@ -147,6 +142,51 @@ class ImageEncoder(nn.Module):
         if self.kind.posterior:
             encoded = torch.cat([encoded.mean, encoded.logvar], 1)
         return encoded.squeeze(2) if self.kind.frames else encoded
+
+
+class ImageDecoder(nn.Module):
+    """latents [B, C, h, w] → pixels [B, channels, H, W], nominally in [−1, 1], dtype of the weights.
+
+    Shares the weights of `model`, without the parts that encode. Not for noisy kinds.
+    """
+
+    def __init__(self, model: Any, kind: Kind) -> None:
+        super().__init__()
+        assert not kind.noisy
+        self.model = _without(model, _ENCODING)
+        self.kind, self.channels = kind, _pixel_channels(model, kind)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return _pixels(self.model, self.kind, latents)[:, : self.channels].to(latents.dtype)
+
+
+def _without(model: Any, parts: tuple[str, ...]) -> Any:
+    """`model` with the same weights, and nothing in the place of `parts`."""
+    some = copy.copy(model)
+    some._modules = {name: nn.Identity() if name in parts else part for name, part in model._modules.items()}
+    for part in some.modules():
+        for name in ("add_temporal_downsample", "add_temporal_upsample"):
+            if hasattr(part, name):  # a numpy.bool here, which torch.compile takes for data
+                setattr(part, name, bool(getattr(part, name)))
+    return some
+
+
+def _pixels(model: Any, kind: Kind, latents: Tensor, **options: Any) -> Tensor:
+    """What `model` decodes from latents in its dtype, as float32 pixels. options: of its decode."""
+    if kind.frames:
+        latents = latents.unsqueeze(2)
+    pixels: Tensor = model.decode(latents, return_dict=False, **options)[0].float()
+    if kind.frames:
+        pixels = pixels.squeeze(2)
+    if kind.unit_range:
+        pixels = pixels * 2 - 1
+    return pixels
+
+
+def _pixel_channels(model: Any, kind: Kind) -> int:
+    """Without alpha."""
+    channels = kind.pixels(model.config)
+    return 3 if channels == 4 else channels
 
 
 class DiffusersAutoencoder:
@@ -174,14 +214,14 @@ class DiffusersAutoencoder:
         self.force_upcast = force_upcast
         self._reload = reload
         config = model.config
-        channels = self.kind.pixels(config)
-        self.pixel_channels = 3 if channels == 4 else channels
+        self.pixel_channels = _pixel_channels(model, self.kind)
         self.latent_channels = self.kind.latents(config)
         self.downsample = self.kind.downsample(config)
         self.fixed_size = self.kind.fixed_size(config)
         self.size_multiple = self.fixed_size or self.downsample * self.kind.patch(config)
         self.has_posterior = self.kind.posterior
         self._encoder = ImageEncoder(self.model, self.kind).eval()
+        self._decoder = None if self.kind.noisy else ImageDecoder(self.model, self.kind).eval()
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -190,32 +230,36 @@ class DiffusersAutoencoder:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.model.device, self.model.dtype)
-        if self.kind.frames:
-            latents = latents.unsqueeze(2)
         seeded = {"generator": torch.Generator().manual_seed(0)} if self.kind.noisy else {}
-        pixels = self.model.decode(latents, **seeded).sample.float()
-        if self.kind.frames:
-            pixels = pixels.squeeze(2)
-        if self.kind.unit_range:
-            pixels = pixels * 2 - 1
-        return pixels[:, : self.pixel_channels]
+        latents = latents.to(self.model.device, self.model.dtype)
+        return _pixels(self.model, self.kind, latents, **seeded)[:, : self.pixel_channels]
 
     def encoder(self) -> nn.Module:
         return self._encoder
+
+    def decoder(self) -> nn.Module:
+        if self._decoder is None:
+            raise ValueError(
+                f"autoencoder: {type(self.model).__name__} draws noise to decode, which no engine can; use its decode()"
+            )
+        return self._decoder
 
     def upcast(self) -> Autoencoder:
         return reloaded(self._reload, self.identity())
 
     def identity(self) -> dict[str, Any]:
-        # diffusers' own notes begin with an underscore: paths, versions, and a list whose order changes by process.
-        left_out = set() if self.kind.scaled else _SCALING
-        config = {k: v for k, v in self.model.config.items() if k not in left_out and not k.startswith("_")}
-        return {
-            "class": type(self.model).__name__,
-            "config": json.loads(json.dumps(config, sort_keys=True)),
-            "weights": self.weights_digest,
-        }
+        return identity_of(self.model, self.weights_digest, set() if self.kind.scaled else SCALING)
+
+
+def identity_of(model: Any, weights_digest: str, left_out: set[str]) -> dict[str, Any]:
+    """Class, config but for the entries `left_out`, and weights of a model."""
+    # diffusers' own notes begin with an underscore: paths, versions, and a list whose order changes by process.
+    config = {k: v for k, v in model.config.items() if k not in left_out and not k.startswith("_")}
+    return {
+        "class": type(model).__name__,
+        "config": json.loads(json.dumps(config, sort_keys=True)),
+        "weights": weights_digest,
+    }
 
 
 def check_size(pixels: Tensor, multiple: int, fixed: int | None) -> None:
@@ -229,7 +273,7 @@ def check_size(pixels: Tensor, multiple: int, fixed: int | None) -> None:
 
 # diffusers loads under a patch of torch that accelerate puts on and off again: two threads at once leave it on, and
 # from then on every weight of this process is made on "meta".
-_LOADING = threading.Lock()
+LOADING = threading.Lock()
 
 
 def load_folder(path: Path, device: torch.device | str, dtype: torch.dtype) -> DiffusersAutoencoder:
@@ -238,15 +282,31 @@ def load_folder(path: Path, device: torch.device | str, dtype: torch.dtype) -> D
     Raises:
         ValueError: the folder is not there, its class is not for images, or its weights do not fit its config.
     """
-    folder = path if (path / SHARDS).is_file() else resolve(path, WEIGHTS, "autoencoder")
-    config = _read_json(folder / "config.json")
-    model_class = _model_class(folder, config.get("_class_name") if isinstance(config, dict) else None)
+    folder = weights_folder(path)
+    config = read_config(folder)
+    model, stored = load_weights(folder, _model_class(folder, config.get("_class_name")), dtype)
+    _check_config(folder, model)
+    return DiffusersAutoencoder(
+        model.to(device),
+        tensors_digest(stored),
+        lambda: load_folder(folder, device, torch.float32),
+        config.get("force_upcast") is True,
+    )
+
+
+def weights_folder(path: Path) -> Path:
+    """The folder that holds config.json and the weights: `path`, or the newest checkpoint of the run `path`."""
+    return path if (path / SHARDS).is_file() else resolve(path, WEIGHTS, "autoencoder")
+
+
+def load_weights(folder: Path, model_class: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+    """The model of a folder in `dtype`, and its tensors as they are stored. ValueError unless they fit exactly."""
     try:
-        with _LOADING:
+        with LOADING:
             model, info = model_class.from_pretrained(
                 folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
             )
-        digest = tensors_digest(_stored(folder))
+        stored = _stored(folder)
     except Exception as error:  # diffusers and safetensors raise many kinds; every one means this folder is unusable
         raise ValueError(f"autoencoder: {folder} does not load: {' '.join(str(error).split())[:300]}") from error
     # diffusers fills what is missing with random numbers and only warns.
@@ -256,10 +316,13 @@ def load_folder(path: Path, device: torch.device | str, dtype: torch.dtype) -> D
                 f"autoencoder: {folder / WEIGHTS} does not fit its config.json: {what} "
                 f"{sorted(map(str, info[what]))[:3]}"
             )
-    _check_config(folder, model)
-    return DiffusersAutoencoder(
-        model.to(device), digest, lambda: load_folder(folder, device, torch.float32), config.get("force_upcast") is True
-    )
+    return model, stored
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The config of a folder, empty if it is no object; ValueError unless it is JSON."""
+    config = _read_json(folder / name)
+    return config if isinstance(config, dict) else {}
 
 
 def _read_json(file: Path) -> Any:
@@ -282,6 +345,10 @@ def _model_class(folder: Path, name: Any) -> Any:
             import transformers  # noqa: F401
         except ImportError:
             raise ValueError(f"autoencoder: {name} needs transformers: pip install fastlatent[text]") from None
+    return diffusers_class(name)
+
+
+def diffusers_class(name: str) -> Any:
     try:
         return getattr(diffusers, name)
     except AttributeError:

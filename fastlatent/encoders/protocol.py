@@ -37,6 +37,14 @@ class Autoencoder(Protocol):
         """
         ...
 
+    def decoder(self) -> nn.Module:
+        """`decode` as such a module: latents in the weights' dtype → pixels, same dtype.
+
+        Raises:
+            ValueError: it draws noise to decode.
+        """
+        ...
+
     def upcast(self) -> Autoencoder:
         """The same autoencoder in float32, for batches that overflow in half precision; its own copy of the weights."""
         ...

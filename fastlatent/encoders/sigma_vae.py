@@ -203,9 +203,13 @@ class SigmaVaeNetwork(nn.Module):
         self.decoder_post_processor = _Pixels(decoder_width, patch**2 * self.channels)
 
     def decode(self, latents: Tensor) -> Tensor:
-        patches = self.decoder_post_processor(self.decoder(latents))
-        shape = (len(latents), self.side, self.side, self.channels, self.patch, self.patch)
-        return patches.reshape(shape).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return _joined(self.decoder_post_processor(self.decoder(latents)), self.side, self.channels, self.patch)
+
+
+def _joined(patches: Tensor, side: int, channels: int, patch: int) -> Tensor:
+    """[B, side·side, channels·patch·patch] → [B, channels, side·patch, side·patch]."""
+    shape = (len(patches), side, side, channels, patch, patch)
+    return patches.reshape(shape).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 class SigmaVaeEncoder(nn.Module):
@@ -215,6 +219,16 @@ class SigmaVaeEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.encoder(pixels)).transpose(1, 2).unflatten(2, (self.side, self.side))
+
+
+class SigmaVaeDecoder(nn.Module):
+    def __init__(self, network: SigmaVaeNetwork) -> None:
+        super().__init__()
+        self.decoder, self.head = network.decoder, network.decoder_post_processor
+        self.sizes = network.side, network.channels, network.patch
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return _joined(self.head(self.decoder(latents)), *self.sizes)
 
 
 class SigmaVAE:
@@ -241,6 +255,7 @@ class SigmaVAE:
         self.weights_digest = weights_digest
         self._reload = reload
         self._encoder = SigmaVaeEncoder(self.network).eval()
+        self._decoder = SigmaVaeDecoder(self.network).eval()
         self.pixel_channels = network.channels
         self.latent_channels: int = config["latent_size"]
         self.downsample: int = config["patch_size"]
@@ -258,10 +273,13 @@ class SigmaVAE:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        return self.network.decode(self._placed(latents)).float()
+        return self._decoder(self._placed(latents)).float()
 
     def encoder(self) -> nn.Module:
         return self._encoder
+
+    def decoder(self) -> nn.Module:
+        return self._decoder
 
     def upcast(self) -> Autoencoder:
         return reloaded(self._reload, self.identity())

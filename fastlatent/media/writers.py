@@ -1,15 +1,27 @@
-"""Images for programs: PNG of 16 bits per channel, and one .npz of all samples. Torch-free."""
+"""Images as files: PNG, JPEG, WebP and float TIFF in memory, and one .npz of all samples. Torch-free."""
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
-from typing import BinaryIO
+from types import ModuleType
+from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
+from fastlatent.media.image_error import MissingPackage
+
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "tiff": ".tiff"}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "png": {},
+    "jpeg": {"quality": 95, "subsampling": 0},  # 4:4:4
+    "webp": {"lossless": True},
+}
+_LONGEST_SIDE = {"jpeg": 65_535, "webp": 16_383}  # that the formats can say
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip's members have times; the same samples shall give the same bytes
 
 
@@ -26,6 +38,62 @@ def to_uint16(pixels: np.ndarray) -> np.ndarray:
         raise ValueError(f"to_uint16: {nans} of {pixels.size} pixels are NaN; find the step that made them")
     values = pixels.astype(np.float64).clip(-1, 1)
     return np.rint((values + 1) * 32767.5).astype(np.uint16).transpose(0, 2, 3, 1).copy()
+
+
+def to_unit(pixels: np.ndarray) -> np.ndarray:
+    """float [N, C, H, W], nominally in [−1, 1] → float32 [N, H, W, C]: x/2 + 1/2, nominally in [0, 1], not clamped."""
+    return (pixels.astype(np.float32) * np.float32(0.5) + np.float32(0.5)).transpose(0, 2, 3, 1).copy()
+
+
+def image_bytes(image: np.ndarray, format: str) -> bytes:
+    """An image file of "png" (8 or 16 bits), "jpeg" (quality 95, 4:4:4), "webp" (lossless; grey as RGB) or "tiff".
+
+    The same image gives the same bytes.
+
+    Args:
+        image: [H, W, 1 or 3], uint8; for PNG also uint16; for TIFF float32, which is stored as it is.
+
+    Raises:
+        ValueError: dtype or shape is not as above, or a side is longer than the format can say.
+        MissingPackage: tifffile is missing.
+    """
+    if format == "tiff":
+        return _tiff(image)
+    if format == "png" and image.dtype == np.uint16:
+        return png16(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
+        raise ValueError(f"{format}: expected uint8 [H, W, 1 or 3], none of them 0, got {image.dtype} {image.shape}")
+    longest = _LONGEST_SIDE.get(format)
+    if longest and max(image.shape) > longest:
+        size = f"{image.shape[1]} × {image.shape[0]}"
+        raise ValueError(f"{format}: expected sides of at most {longest} pixels, got {size}; use --format png")
+    stream = io.BytesIO()
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    picture.save(stream, format=format.upper(), **_SETTINGS[format])
+    return stream.getvalue()
+
+
+def import_tifffile() -> ModuleType:
+    """tifffile, which reads and writes float TIFF.
+
+    Raises:
+        MissingPackage: it cannot be imported.
+    """
+    try:
+        import tifffile
+    except ImportError as error:
+        raise MissingPackage(f"TIFF needs tifffile ({error}): pip install 'fastlatent[media]'") from None
+    return tifffile
+
+
+def _tiff(image: np.ndarray) -> bytes:
+    if image.dtype != np.float32 or image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
+        raise ValueError(f"tiff: expected float32 [H, W, 1 or 3], none of them 0, got {image.dtype} {image.shape}")
+    grey, stream = image.shape[2] == 1, io.BytesIO()
+    import_tifffile().imwrite(
+        stream, image[:, :, 0] if grey else image, photometric="minisblack" if grey else "rgb", metadata=None
+    )
+    return stream.getvalue()
 
 
 def png16(image: np.ndarray) -> bytes:

@@ -161,16 +161,15 @@ def _sheet(config: InspectConfig, path: Path) -> None:
     # Only here is torch needed.
     import torch
 
-    from fastlatent.data.latents import LatentDataset
     from fastlatent.media.images import to_uint8
     from fastlatent.media.sheets import save_sheet
-    from fastlatent.workflows.decode import check_images, dataset_means, load_matching_autoencoder
+    from fastlatent.workflows.decode_images import load_matching_autoencoder
     from fastlatent.workflows.latent_files import read_latent_file
+    from fastlatent.workflows.latent_inputs import open_latents
 
     if path.is_dir():
-        dataset = LatentDataset(path)
-        check_images(dataset)
-        latents = dataset_means(dataset, 0, min(config.rows, len(dataset)))
+        images = open_latents(path)
+        latents = images.read(next(images.batches(config.rows)))
     elif "fls.fields" in (shard := Shard.open(path)).metadata:
         name = json.loads(shard.metadata["fls.fields"])[0]
         scale = shard.columns.get(f"{name}.scale")

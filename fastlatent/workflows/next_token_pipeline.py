@@ -18,7 +18,7 @@ from fastlatent.media.images import to_uint8
 from fastlatent.models.checkpoint import CheckpointConfig
 from fastlatent.models.transformer import Transformer
 from fastlatent.sampling.autoregressive import NextTokenSampler
-from fastlatent.workflows.decode import load_matching_autoencoder
+from fastlatent.workflows.decode_images import load_matching_autoencoder
 from fastlatent.workflows.image_files import decode_batch
 from fastlatent.workflows.latent_files import LatentFile
 from fastlatent.workflows.runtime import set_up

@@ -17,7 +17,7 @@ from fastlatent.encoders.protocol import Autoencoder
 from fastlatent.pipeline.checkpoints import TRAINING_STATE, step_of
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
-from fastlatent.workflows.decode import load_matching_autoencoder
+from fastlatent.workflows.decode_images import load_matching_autoencoder
 from fastlatent.workflows.image_files import ImageFiles, decode_batch
 from fastlatent.workflows.latent_files import LatentFile
 from fastlatent.workflows.runtime import keep_config, set_up
@@ -129,7 +129,7 @@ def _sample_batches(
                 )
             if files is not None:
                 raw = latent_file(samples, [batch]).raw()
-                files.write(begin, raw if vae is None else decode_batch(vae, raw))
+                files.write(range(begin, begin + len(raw)), raw if vae is None else decode_batch(vae, raw))
             if not samples.in_pixels:
                 parts.append(batch)
     return parts

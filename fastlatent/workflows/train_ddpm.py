@@ -29,7 +29,7 @@ from fastlatent.sources.open import open_source
 from fastlatent.training.ddpm import DdpmLoss, DdpmObjective, PixelBatches, Renormalised
 from fastlatent.training.latents import CONDITION_COLUMNS, Batches
 from fastlatent.workflows.condition_statistics import condition_statistics
-from fastlatent.workflows.decode import load_matching_autoencoder
+from fastlatent.workflows.decode_images import load_matching_autoencoder
 from fastlatent.workflows.encode_setup import parse_range
 from fastlatent.workflows.latent_source import open_latents
 from fastlatent.workflows.runtime import refuse_output_in_source

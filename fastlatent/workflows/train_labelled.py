@@ -24,7 +24,7 @@ from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.training.latents import LatentBatches
 from fastlatent.training.loop import PREVIEW
 from fastlatent.training.objective import Objective
-from fastlatent.workflows.decode import load_matching_autoencoder
+from fastlatent.workflows.decode_images import load_matching_autoencoder
 from fastlatent.workflows.image_files import decode_batch
 from fastlatent.workflows.latent_source import LatentSource, open_latents
 from fastlatent.workflows.sample import latent_file

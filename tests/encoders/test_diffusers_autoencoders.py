@@ -152,6 +152,8 @@ def test_equals_plain_diffusers_bit_for_bit(name, tmp_path):
     decoded = vae.decode(latents)
     assert decoded.shape == pixels.shape
     assert torch.equal(decoded, plain_decode(model, latents))
+    if not KINDS[name].noisy:
+        assert torch.equal(vae.decoder()(latents), decoded)
     assert vae.identity()["class"] == name
     assert json.loads(json.dumps(vae.identity())) == vae.identity()
 
@@ -174,6 +176,30 @@ def test_the_encoder_can_be_exported_and_compiled_whole(name, tmp_path):
     # It shares the weights, in the memory they lie in.
     theirs = {weight.data_ptr() for weight in vae.model.parameters()}
     assert {weight.data_ptr() for weight in encoder.parameters()} <= theirs
+
+
+# The one with numpy's booleans in its decoder; the others take a second or two each.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if "Refiner" in name else pytest.param(name, marks=pytest.mark.soak)
+        for name in KINDS
+        if not KINDS[name].noisy
+    ],
+)
+def test_the_decoder_can_be_exported_and_compiled_whole(name, tmp_path):
+    tiny(name).save_pretrained(tmp_path)
+    vae = load_autoencoder(tmp_path)
+    latents = vae.encode(images(vae))[:, : vae.latent_channels].clone()
+    want, decoder = vae.decode(latents), vae.decoder()
+    exported = torch.export.export(decoder, (latents,))
+    assert torch.equal(exported.module()(latents), want)
+    assert not any(weight.startswith("model.encoder.") for weight in exported.state_dict)
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(decoder, backend="eager", fullgraph=True)(latents), want)
+    theirs = {weight.data_ptr() for weight in vae.model.parameters()}
+    assert {weight.data_ptr() for weight in decoder.parameters()} <= theirs
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def bfloat16_file():
 
 def run_onnx(file, pixels):
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["moments"], {"pixels": pixels.numpy()})[0])
+    return torch.from_numpy(session.run(["output"], {"input": pixels.numpy()})[0])
 
 
 def check_parity(file, module, shape):
@@ -142,7 +142,7 @@ def test_build(float32_file, bfloat16_file):
 
 def test_a_file_that_is_not_onnx():
     trt = pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(ValueError, match="does not parse this encoder: .*\\w"):
+    with pytest.raises(ValueError, match="does not parse this network: .*\\w"):
         build_plan(trt, b"\x08\x08not a model")
 
 

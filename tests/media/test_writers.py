@@ -1,12 +1,16 @@
 import io
+import sys
 import zipfile
 
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
+from PIL import Image
 
+from fastlatent.media.image_error import MissingPackage
 from fastlatent.media.images import read_image, to_model_range
-from fastlatent.media.writers import png16, to_uint16, write_npz
+from fastlatent.media.writers import SUFFIXES, image_bytes, png16, to_uint16, to_unit, write_npz
 
 
 def noise(*shape, seed=0):
@@ -69,3 +73,39 @@ def test_npz(labels):
 def test_npz_of_images_that_differ():
     with pytest.raises(ValueError, match=r"write_npz: expected uint8 \(2, 2, 1\), got uint8 \(2, 3, 1\)"):
         write_npz(io.BytesIO(), iter([np.zeros((2, 2, 1), np.uint8), np.zeros((2, 3, 1), np.uint8)]), 2, None)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
+def test_images_of_eight_bits_read_again(format, channels):
+    y, x = np.mgrid[:37, :20]  # no multiples of a JPEG's blocks; smooth, as JPEG expects
+    image = np.stack([120 + 3 * y, 20 + 9 * x, 250 - 4 * y], -1).astype(np.uint8)[..., :channels]
+    data = image_bytes(image, format)
+    assert data == image_bytes(image.copy(), format)
+    read = read_image(data, channels=channels)
+    assert Image.open(io.BytesIO(data)).format == format.upper()
+    assert np.abs(read.astype(int) - image).max() <= (4 if format == "jpeg" else 0)
+
+
+def test_float_tiff_keeps_every_bit():
+    for channels in (1, 3):
+        values = np.random.default_rng(0).standard_normal((5, 7, channels)).astype(np.float32)  # also beyond [0, 1]
+        data = image_bytes(values, "tiff")
+        assert data == image_bytes(values, "tiff")
+        np.testing.assert_array_equal(tifffile.imread(io.BytesIO(data)).reshape(values.shape), values)
+        inside = np.clip(values, 0, 1)
+        np.testing.assert_array_equal(read_image(image_bytes(inside, "tiff"), channels=channels), inside)
+    pixels = np.array([-1.5, -1, 0, 1], dtype=np.float32).reshape(1, 1, 2, 2)
+    assert to_unit(pixels).ravel().tolist() == [-0.25, 0, 0.5, 1]
+
+
+def test_what_a_format_cannot_hold(monkeypatch):
+    assert image_bytes(noise(4, 4, 3), "png") == png16(noise(4, 4, 3))
+    for format in SUFFIXES:
+        with pytest.raises(ValueError, match=f"{format}: expected"):
+            image_bytes(np.zeros((4, 4, 3), np.float64), format)
+    with pytest.raises(ValueError, match="webp: expected sides of at most 16383 pixels, got 16384 × 1"):
+        image_bytes(np.zeros((1, 16384, 3), np.uint8), "webp")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(MissingPackage, match="TIFF needs tifffile"):
+        image_bytes(np.zeros((4, 4, 3), np.float32), "tiff")

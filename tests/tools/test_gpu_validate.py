@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -109,6 +110,14 @@ def test_order_is_tests_calibration_missing_oldest(tool, tmp_path):
     assert summary["tasks"][0]["last"].startswith("1 passed")  # only needs_cuda tests, of files that have any
     assert [task["rows"] for task in summary["tasks"][1:]] == [2, 4, 2, 2]
     assert sorted(os.listdir(tmp_path / "out")) == ["log.txt", "made-up.jsonl", "summary.json"]
+
+
+def test_every_program_that_it_names_is_there(tool):
+    text = (ROOT / "tools" / "gpu_validate").read_text()
+    named = set(re.findall(r'"((?:tools|benchmarks)/[^"]+)"', text)) - {"benchmarks/bench_*.py"}
+    assert len(named) > 10 and all((ROOT / name).is_file() for name in named)
+    benchmarks = " ".join(path.read_text() for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    assert all(f'"{rows.split("/")[0]}"' in benchmarks for rows in tool.FIRST_ROWS)  # names of benchmarks
 
 
 def test_first_rows_come_in_their_order_and_last_rows_last(tool, tmp_path, monkeypatch, capsys):

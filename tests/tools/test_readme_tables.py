@@ -55,6 +55,13 @@ def test_the_newest_row_of_each_provider(tool, root):
     assert tool.main(root, check=True) == 0  # what it wrote is not stale
 
 
+def test_a_benchmark_of_memory_shows_memory(tool, root):
+    (root / "README.md").write_text(README.replace("rows:copy", "rows:video_memory"))
+    write_rows(root, {"benchmark": "video_memory", "peak_bytes": 3 << 30})
+    assert tool.main(root, check=False) == 0
+    assert "| 3,072 MiB |" in (root / "README.md").read_text().splitlines()
+
+
 def test_what_differs_is_a_column(tool, root):
     write_rows(root, {"ratio": None}, {"case": {"rows": 8}, "dtype": "float32"}, {"case": {"rows": 8}, "provider": "b"})
     assert tool.main(root, check=False) == 0

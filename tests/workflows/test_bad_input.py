@@ -118,7 +118,7 @@ def test_names_of_every_kind(chain, tmp_path):
     chain.ok("inspect", tmp_path / "d")
     chain.ok(f"train ar {chain.train_ar} --out", tmp_path / "ar", tmp_path / "d")
     assert chain.sample(tmp_path / "ar", tmp_path / "s").code == 0
-    chain.ok("decode --threads 1 --output", tmp_path / "o", tmp_path / "d")
+    chain.ok("decode --threads 1 --output-dir", tmp_path / "o", tmp_path / "d")
     lines = [json.loads(line)["name"] for line in (tmp_path / "s" / "images.jsonl").read_text().splitlines()]
     assert lines == dataset.classes
 
@@ -194,7 +194,7 @@ def test_devices_that_are_not_there(chain, tmp_path, device, command):
         "encode": lambda: encode(chain, chain.images, tmp_path / "o", line),
         "train ar": lambda: train_ar(chain, tmp_path / "o", line),
         "sample": lambda: chain.sample(chain.ar, tmp_path / "o", line),
-        "decode": lambda: chain.command(f"decode {line} --output", tmp_path / "o", chain.latents),
+        "decode": lambda: chain.command(f"decode {line} --output-dir", tmp_path / "o", chain.latents),
     }[command]().message
     assert "--device" in message
     assert not (tmp_path / "o" / "provenance.json").exists()
@@ -380,7 +380,7 @@ def test_autoencoders_that_are_none(chain, tmp_path, command):
         elif command == "sample":
             message = chain.sample(chain.ar, tmp_path / "out", f"--vae {vae}").message
         else:
-            message = chain.command("decode --output", tmp_path / "out", "--vae", vae, chain.latents).message
+            message = chain.command("decode --output-dir", tmp_path / "out", "--vae", vae, chain.latents).message
         assert expected in message
         assert not (tmp_path / "out").exists()
 
@@ -406,7 +406,7 @@ def test_decoding_with_another_autoencoder(chain, tmp_path, command):
     def run(vae, more=""):
         if command == "sample":
             return chain.sample(chain.ar, tmp_path / "out", f"--vae {vae} {more}")
-        return chain.command(f"decode --threads 1 {more} --output", tmp_path / "out", "--vae", vae, chain.latents)
+        return chain.command(f"decode --threads 1 {more} --output-dir", tmp_path / "out", "--vae", vae, chain.latents)
 
     vae = other_vae(chain, tmp_path / "other")
     message = run(vae).message
@@ -428,7 +428,7 @@ def test_the_autoencoder_is_gone(chain, tmp_path):
     shutil.rmtree(vae)
     for done in (
         chain.sample(tmp_path / "ar", tmp_path / "out"),
-        chain.command("decode --threads 1 --output", tmp_path / "out", tmp_path / "d"),
+        chain.command("decode --threads 1 --output-dir", tmp_path / "out", tmp_path / "d"),
     ):
         assert f"was at {vae} and is gone; name it with --vae PATH" in done.message
     assert chain.sample(tmp_path / "ar", tmp_path / "out", f"--vae {chain.vae}").code == 0
@@ -442,6 +442,6 @@ def test_an_autoencoder_with_nan(chain, tmp_path):
     assert "its latent holds NaN or infinity" in message
     assert not (tmp_path / "d" / "dataset.json").exists()
     message = chain.command(
-        "decode --threads 1 --allow-other-vae --output", tmp_path / "o", "--vae", vae, chain.latents
+        "decode --threads 1 --allow-other-vae --output-dir", tmp_path / "o", "--vae", vae, chain.latents
     ).message
     assert "NaN" in message

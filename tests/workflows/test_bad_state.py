@@ -49,7 +49,7 @@ PROVENANCE = {"latents_mean": 0, "latents_std": 1, "vae": None, "classes": []}
 def test_bad_latent_files(chain, tmp_path, tensors, provenance):
     file = tmp_path / "latents.safetensors"
     save_file(tensors, file, {FORMAT: provenance} if provenance else None)
-    done = chain.command("decode --threads 1 --output", tmp_path / "out", "--vae", chain.vae, file)
+    done = chain.command("decode --threads 1 --output-dir", tmp_path / "out", "--vae", chain.vae, file)
     assert str(file) in done.message
 
 
@@ -64,14 +64,14 @@ def test_what_is_no_latents(chain, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "garbage.safetensors").write_bytes(b"garbage" * 100)
     for path, message in (
-        (tmp_path / "nothing", "does not exist; expected a dataset folder or a .safetensors file"),
+        (tmp_path / "nothing", "does not exist; expected a dataset folder, a .safetensors file"),
         (tmp_path / "garbage.safetensors", "not a readable safetensors file"),
-        (chain.images / "ant" / "0.png", "not a readable safetensors file"),
+        (chain.images / "ant" / "0.png", "expected a dataset folder, a .safetensors file"),
         (chain.latents / Dataset.open(chain.latents).shards[0].path, "expected latents written by `fastlatent sample`"),
         (chain.ar, "expected a dataset"),
         (chain.images, "expected a dataset"),
     ):
-        assert message in chain.command("decode --output", out, path).message
+        assert message in chain.command("decode --output-dir", out, path).message
         assert not out.exists()
     for path in (chain.ar, chain.images, tmp_path / "nothing"):
         assert "expected a dataset" in train_ar(chain, out, latents=path).message
@@ -105,7 +105,7 @@ def test_damaged_datasets(chain, tmp_path, what):
     file.write_bytes(file.read_bytes()[:-3])
     for done in (
         train_ar(chain, tmp_path / "ar", latents=latents),
-        chain.command("decode --threads 1 --output", tmp_path / "o", latents),
+        chain.command("decode --threads 1 --output-dir", tmp_path / "o", latents),
         encode(chain, chain.images, latents),
     ):
         assert file.name in done.message
@@ -207,7 +207,7 @@ def test_output_that_is_a_file(chain, tmp_path, command, where):
         "encode": lambda: encode(chain, chain.images, out),
         "train vae": lambda: train_vae(chain, out),
         "train ar": lambda: train_ar(chain, out),
-        "decode": lambda: chain.command("decode --threads 1 --output", out, chain.latents),
+        "decode": lambda: chain.command("decode --threads 1 --output-dir", out, chain.latents),
     }[command]()
     assert str(tmp_path / "file") in done.message
     assert (tmp_path / "file").read_text() == "mine"
@@ -280,7 +280,7 @@ def test_no_room_for_an_image(chain, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "sheet.png")
 
     monkeypatch.setattr("fastlatent.workflows.image_files.save_sheet", full)
-    done = chain.command("decode --threads 1 --output", tmp_path / "out", chain.latents)
+    done = chain.command("decode --threads 1 --output-dir", tmp_path / "out", chain.latents)
     assert "No space left on device (sheet.png)" in done.message
 
 
@@ -335,11 +335,11 @@ def test_training_into_a_folder_of_something_else(chain, tmp_path):
 
 def test_decoding_into_a_folder_with_more_images(chain, tmp_path):
     out = tmp_path / "out"
-    chain.ok("decode --threads 1 --output", out, chain.latents)
+    chain.ok("decode --threads 1 --output-dir", out, chain.latents)
     precious = tmp_path / "precious"
     precious.touch()
     with open(out / "images.jsonl", "a") as file:
         file.write('{"file": "../precious"}\n')
-    chain.ok("decode --threads 1 --limit 2 --output", out, chain.latents)
+    chain.ok("decode --threads 1 --limit 2 --output-dir", out, chain.latents)
     assert sorted(path.name for path in (out / "images").iterdir()) == ["000000.png", "000001.png"]
     assert precious.exists()

@@ -266,7 +266,7 @@ def test_autoencoders_without_a_posterior(chain, shapes, tmp_path, name):
                 wanted = model.encode(pixels, return_dict=False)[0]
             assert far(rows[key][0], wanted[0].numpy()) < TOLERANCE
     assert "sound" in chain.ok("verify --full --reencode 6", tmp_path / "d").out
-    chain.ok("decode --threads 1 --output", tmp_path / "o", tmp_path / "d")
+    chain.ok("decode --threads 1 --output-dir", tmp_path / "o", tmp_path / "d")
 
 
 # --- precision ---

@@ -19,7 +19,7 @@ from fastlatent.data.latents import LatentDataset
 from fastlatent.models.checkpoint import read_config
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.store.reader import Dataset
-from fastlatent.workflows.decode import dataset_means
+from fastlatent.workflows.latent_inputs import dataset_means
 
 
 def moments(folder):
@@ -169,7 +169,7 @@ def test_every_way_of_storing(chain, tmp_path, payload, dtype):
     settings = f"--payload {payload} --dtype {dtype}"
     chain.ok(f"encode {chain.encode} {settings} --out", latents, "--vae", chain.vae, chain.images)
     dataset = LatentDataset(latents)
-    means = dataset_means(dataset, 0, len(dataset))
+    means = dataset_means(dataset, np.arange(len(dataset)))
     keys = [dataset.store.key(i) for i in range(len(dataset))]
     want = torch.stack([plain_moments(chain.vae, plain_pixels(chain.images / key)).chunk(2)[0] for key in keys])
     # Half a step: of 11 bits, of 8 bits, and of 127 steps to the largest of a channel's 16 values.
@@ -180,7 +180,7 @@ def test_every_way_of_storing(chain, tmp_path, payload, dtype):
     chain.ok("verify --full --reencode 3", latents)
     chain.ok("stats", latents)
     chain.ok(f"train ar {chain.train_ar} --out", tmp_path / "ar", latents)
-    chain.ok("decode --threads 1 --output", tmp_path / "decoded", latents)
+    chain.ok("decode --threads 1 --output-dir", tmp_path / "decoded", latents)
     chain.ok("inspect", latents, "--vae", chain.vae, "--sheet", tmp_path / "sheet.png")
     # What is stored otherwise is another dataset.
     other = "--dtype int8" if dtype != "int8" else "--dtype float16"
@@ -226,14 +226,14 @@ def test_a_checkpoint_made_by_hand(chain, tmp_path):
     assert torch.equal(hand, made)
     assert torch.equal(run, made)
     # It does not know its autoencoder; the latents of such a sample decode with one that is named.
-    assert "--vae PATH" in chain.command("decode --output", tmp_path / "d", tmp_path / "hand.safetensors").message
-    chain.ok("decode --threads 1 --output", tmp_path / "d", "--vae", chain.vae, tmp_path / "hand.safetensors")
+    assert "--vae PATH" in chain.command("decode --output-dir", tmp_path / "d", tmp_path / "hand.safetensors").message
+    chain.ok("decode --threads 1 --output-dir", tmp_path / "d", "--vae", chain.vae, tmp_path / "hand.safetensors")
 
 
 def test_sample_then_decode_equals_sample(chain, tmp_path):
     assert chain.sample(chain.ar, tmp_path / "images", "--labels 1,0,1").code == 0
     assert chain.sample(chain.ar, tmp_path / "latents.safetensors", "--labels 1,0,1 --no-decode").code == 0
-    chain.ok("decode --threads 1 --output", tmp_path / "decoded", tmp_path / "latents.safetensors")
+    chain.ok("decode --threads 1 --output-dir", tmp_path / "decoded", tmp_path / "latents.safetensors")
     names = [json.loads(line)["name"] for line in (tmp_path / "images" / "images.jsonl").read_text().splitlines()]
     assert names == ["bee", "ant", "bee"]
     for i in range(3):
@@ -259,7 +259,7 @@ def test_decoded_pixels_equal_plain_diffusers(chain, tmp_path):
 
 
 def test_decode_of_a_dataset(chain, tmp_path):
-    chain.ok("decode --threads 1 --limit 3 --output", tmp_path / "d", chain.latents)
+    chain.ok("decode --threads 1 --limit 3 --output-dir", tmp_path / "d", chain.latents)
     lines = [json.loads(line) for line in (tmp_path / "d" / "images.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["ant/0.png", "ant/1.png", "ant/2.png"]
     assert len(list((tmp_path / "d" / "images").iterdir())) == 3
@@ -321,7 +321,7 @@ def test_flat_folders_encode_and_do_not_train(chain, tmp_path):
 def test_grey_autoencoder(chain, tmp_path):
     chain.ok(f"train vae {chain.train_vae} --channels 1 --mirror --out", tmp_path / "vae", chain.images)
     chain.ok(f"encode {chain.encode} --out", tmp_path / "d", "--vae", tmp_path / "vae", chain.images)
-    chain.ok("decode --threads 1 --output", tmp_path / "o", tmp_path / "d")
+    chain.ok("decode --threads 1 --output-dir", tmp_path / "o", tmp_path / "d")
     assert Image.open(tmp_path / "o" / "images" / "000000.png").mode == "L"
 
 

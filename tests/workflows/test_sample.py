@@ -389,7 +389,7 @@ def test_sixteen_bits(made, tmp_path, kind):
             "1",
             "--bit-depth",
             "16",
-            "--output",
+            "--output-dir",
             tmp_path / "d",
             tmp_path / "16" / "latents.safetensors",
         ]

@@ -1,4 +1,4 @@
-"""The encoder compiled by Inductor in this process (`compile`) or into a package that is kept (`aoti`)."""
+"""An encoder or decoder compiled by Inductor in this process (`compile`) or into a package that is kept (`aoti`)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compile_module(module: nn.Module, pixels: Tensor, pool: Any = None) -> Run:
-    """`module` compiled whole for inputs exactly like `pixels`; on CUDA replayed as a CUDA graph.
+def compile_module(module: nn.Module, inputs: Tensor, pool: Any = None) -> Run:
+    """`module` compiled whole for inputs exactly like `inputs`; on CUDA replayed as a CUDA graph.
 
     What a run returns is overwritten by the next one on CUDA, of any module with the same `pool`
     (torch.cuda.graph_pool_handle): graphs that never run at once need the memory of the largest, not of all together.
@@ -34,24 +34,24 @@ def compile_module(module: nn.Module, pixels: Tensor, pool: Any = None) -> Run:
     compiled = torch.compile(module, fullgraph=True, dynamic=False, options=OPTIONS)
     # Every shape is a compilation of the same code, of which Dynamo allows 8: there may be more buckets.
     with torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
-        compiled(pixels)
-    return captured(compiled, pixels, pool) if pixels.is_cuda else compiled
+        compiled(inputs)
+    return captured(compiled, inputs, pool) if inputs.is_cuda else compiled
 
 
-def captured(function: Run, pixels: Tensor, pool: Any = None) -> Run:
-    """`function` as a CUDA graph, for inputs like `pixels`.
+def captured(function: Run, inputs: Tensor, pool: Any = None) -> Run:
+    """`function` as a CUDA graph, for inputs like `inputs`.
 
     Our own capture rather than mode="reduce-overhead": Inductor's graphs belong to the thread that made them.
     """
-    still = pixels.clone()
-    side = torch.cuda.Stream(pixels.device)
-    side.wait_stream(torch.cuda.current_stream(pixels.device))
+    still = inputs.clone()
+    side = torch.cuda.Stream(inputs.device)
+    side.wait_stream(torch.cuda.current_stream(inputs.device))
     with torch.cuda.stream(side):
         function(still)  # libraries that set themselves up at the first call must not do so inside the capture
-    torch.cuda.current_stream(pixels.device).wait_stream(side)
+    torch.cuda.current_stream(inputs.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # thread_local: threads that decode meanwhile may allocate.
-    with torch.cuda.device(pixels.device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.device(inputs.device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         out = function(still)
 
     def replay(new: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ def captured(function: Run, pixels: Tensor, pool: Any = None) -> Run:
     return replay
 
 
-def load_package(module: nn.Module, pixels: Tensor, cache: Path, identity: dict[str, Any]) -> Run:
-    """`module` compiled ahead of time for inputs exactly like `pixels`, from the package in `cache` or into one.
+def load_package(module: nn.Module, inputs: Tensor, cache: Path, identity: dict[str, Any]) -> Run:
+    """`module` compiled ahead of time for inputs exactly like `inputs`, from the package in `cache` or into one.
 
     identity: of the autoencoder; with the dtype, shape, torch and machine it names the package.
     """
@@ -71,20 +71,20 @@ def load_package(module: nn.Module, pixels: Tensor, cache: Path, identity: dict[
         "engine": "aoti",
         "autoencoder": identity,
         "module": _signature(module),
-        "shape": list(pixels.shape),
-        "channels_last": pixels.is_contiguous(memory_format=torch.channels_last),
-        "dtype": str(pixels.dtype),
+        "shape": list(inputs.shape),
+        "channels_last": inputs.is_contiguous(memory_format=torch.channels_last),
+        "dtype": str(inputs.dtype),
         "options": OPTIONS,
-        "machine": machine(pixels.device),
+        "machine": machine(inputs.device),
     }
 
     def build(path: Path) -> None:
-        program = torch.export.export(module, (pixels,))
+        program = torch.export.export(module, (inputs,))
         # A copy of the options: torch adds its own to the dictionary that it is given.
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
 
     path = cached_file(cache, key, ".pt2", build)
-    index = pixels.device.index if pixels.device.type == "cuda" else None
+    index = inputs.device.index if inputs.device.type == "cuda" else None
     return torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index)
 
 

@@ -1,4 +1,5 @@
-"""Engines: ways to run an autoencoder's encoder on batches of fixed shapes, all with the same result up to rounding."""
+"""Engines: ways to run an autoencoder's encoder or decoder on batches of fixed shapes, all with the same result up to
+rounding."""
 
 from __future__ import annotations
 
@@ -24,24 +25,26 @@ Shape = tuple[int, ...]  # B, C, H, W
 # float16 an eighth of that; four times both together.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.0075}
 
+# What each half of an autoencoder takes.
+TAKES = {"encoder": "pixels", "decoder": "latents"}
+
 
 class Engine:
-    """An encoder ready to run; made by `open_engine`.
+    """An encoder or a decoder ready to run; made by `open_engine` or `open_decoder`.
 
-    name: of the engine, one of ENGINES.
+    name: of the engine, one of ENGINES. half: "encoder" or "decoder".
     """
 
     def __init__(
-        self, name: str, runs: dict[Shape, Callable[[Tensor], Tensor]], like: Tensor, settings: dict[str, Any]
-    ) -> None:
+        self, name: str, half: str, runs: dict[Shape, Callable[[Tensor], Tensor]], like: Tensor,
+        settings: dict[str, Any],
+    ) -> None:  # fmt: skip
         """like: an input; its dtype, device and memory format are those that runs take."""
-        self.name = name
+        self.name, self.half = name, half
         self._runs = runs
         self._dtype, self._device, self._format = like.dtype, like.device, _format(name)
         self._settings = settings
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """float [B, C, H, W] in [−1, 1], on the device → float32 moments or latents [B, 2C | C, h, w] there.
 
@@ -50,18 +53,32 @@ class Engine:
         Raises:
             ValueError: a shape that the engine was not opened for, or another device.
         """
-        run = self._runs.get(tuple(pixels.shape))
+        assert self.half == "encoder"
+        return self._run(pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """float [B, C, h, w], on the device → float32 pixels [B, channels, H, W] there, nominally in [−1, 1].
+
+        Otherwise as `encode`.
+        """
+        assert self.half == "decoder"
+        return self._run(latents)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _run(self, inputs: Tensor) -> Tensor:
+        run, takes = self._runs.get(tuple(inputs.shape)), TAKES[self.half]
         if run is None:
             shapes = ", ".join(map(str, self._runs)) or "none, it is closed"
-            raise ValueError(f"engine {self.name}: expected pixels of shape {shapes}; got {tuple(pixels.shape)}")
-        if pixels.device != self._device:
-            raise ValueError(f"engine {self.name}: expected pixels on {self._device}, got {pixels.device}")
-        pixels = pixels.to(self._dtype).contiguous(memory_format=self._format)
-        if pixels.is_inference():  # to Dynamo another kind of tensor: it would compile once more
-            pixels = pixels.clone()
-        moments = run(pixels)
+            raise ValueError(f"engine {self.name}: expected {takes} of shape {shapes}; got {tuple(inputs.shape)}")
+        if inputs.device != self._device:
+            raise ValueError(f"engine {self.name}: expected {takes} on {self._device}, got {inputs.device}")
+        inputs = inputs.to(self._dtype).contiguous(memory_format=self._format)
+        if inputs.is_inference():  # to Dynamo another kind of tensor: it would compile once more
+            inputs = inputs.clone()
+        out = run(inputs)
         # Always a copy: a CUDA graph writes its next result over this one.
-        return moments.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return out.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
     def settings(self) -> dict[str, Any]:
         """What changes the engine's bytes, besides autoencoder, device, dtype, shapes and threads: for provenance."""
@@ -98,18 +115,33 @@ def open_engine(
         ValueError: an unknown engine, no shape, one that does not fit the autoencoder, a library that is missing, a
             compiler that fails, or a result that is not eager's.
     """
+    return _opened(name, "encoder", vae, shapes, Path(cache), fuse)
+
+
+def open_decoder(
+    name: str, vae: Autoencoder, *, shapes: tuple[Shape, ...], cache: str | Path, fuse: bool = False
+) -> Engine:
+    """`open_engine` for the other direction: shapes are those of latents, (B, latent channels, h, w).
+
+    Raises:
+        ValueError: as `open_engine`, and where the autoencoder draws noise to decode.
+    """
+    return _opened(name, "decoder", vae, shapes, Path(cache), fuse)
+
+
+def _opened(name: str, half: str, vae: Autoencoder, shapes: tuple[Shape, ...], cache: Path, fuse: bool) -> Engine:
     if name not in ENGINES:
         raise ValueError(f"--engine: expected one of {', '.join(ENGINES)}, got {name!r}")
     if fuse and name not in ("eager", "compile"):
         raise ValueError(f"--engine {name}: its network cannot hold the fused GroupNorm; only eager and compile can")
-    _check(shapes, vae)
-    encoder = vae.encoder()
-    weight = next(encoder.parameters())
+    _check(half, shapes, vae)
+    network = vae.encoder() if half == "encoder" else vae.decoder()
+    weight = next(network.parameters())
     if name == "tensorrt" and weight.device.type != "cuda":
         raise ValueError("--engine tensorrt: needs a CUDA device; use --engine eager on the CPU")
     settings = engine_settings(name, weight.device, fuse=fuse)
-    # A copy: the layout of the autoencoder's own weights changes the last bits of what it decodes.
-    module = copy.deepcopy(encoder).eval().requires_grad_(False)
+    # A copy: the layout of the autoencoder's own weights changes the last bits of what it encodes and decodes.
+    module = copy.deepcopy(network).eval().requires_grad_(False)
     for parameter in module.parameters():
         if parameter.ndim == 4:  # Module.to(memory_format=...) fails on the kernels of 3-D convolutions
             parameter.data = parameter.data.contiguous(memory_format=_format(name))
@@ -118,18 +150,19 @@ def open_engine(
     runs: dict[Shape, Callable[[Tensor], Tensor]] = {}
     pool = torch.cuda.graph_pool_handle() if weight.is_cuda and name == "compile" else None
     for shape in dict.fromkeys(shapes):
-        pixels = _noise(shape, weight).contiguous(memory_format=_format(name))
+        inputs = _noise(shape, weight).contiguous(memory_format=_format(name))
         with torch.inference_mode(False), torch.no_grad():
-            runs[shape] = _open(name, module, pixels, vae, Path(cache), settings, pool)
+            runs[shape] = _open(name, half, module, inputs, vae, cache, settings, pool)
             if name != "eager":
-                _compare(name, runs[shape](pixels), module, pixels)
-    return Engine(name, runs, weight, settings)
+                _compare(name, runs[shape](inputs), module, inputs)
+    return Engine(name, half, runs, weight, settings)
 
 
 def _open(
     name: str,
+    half: str,
     module: nn.Module,
-    pixels: Tensor,
+    inputs: Tensor,
     vae: Autoencoder,
     cache: Path,
     settings: dict[str, Any],
@@ -138,20 +171,20 @@ def _open(
     if name == "eager":
         return module
     if name == "tensorrt":
-        run, digest = load_plan(module, pixels, cache)
-        settings.setdefault("plans", {})["x".join(map(str, pixels.shape))] = digest
+        run, digest = load_plan(module, inputs, cache)
+        settings.setdefault("plans", {})["x".join(map(str, inputs.shape))] = digest
         return run
     try:
         return (
-            compile_module(module, pixels, pool)
+            compile_module(module, inputs, pool)
             if name == "compile"
-            else load_package(module, pixels, cache, vae.identity())
+            else load_package(module, inputs, cache, vae.identity())
         )
     except (OSError, torch.OutOfMemoryError):  # a full disk and a full GPU say so themselves
         raise
     except Exception as error:  # Dynamo, export, Inductor and the C++ compiler raise many kinds
         text = " ".join(str(error).split())[:300]
-        raise ValueError(f"--engine {name}: compiling the encoder failed: {text}; use --engine eager") from error
+        raise ValueError(f"--engine {name}: compiling the {half} failed: {text}; use --engine eager") from error
 
 
 def engine_settings(name: str, device: torch.device, *, fuse: bool = False) -> dict[str, Any]:
@@ -167,29 +200,34 @@ def _format(name: str) -> torch.memory_format:
     return torch.contiguous_format if name == "tensorrt" else torch.channels_last
 
 
-def _check(shapes: tuple[Shape, ...], vae: Autoencoder) -> None:
+def _check(half: str, shapes: tuple[Shape, ...], vae: Autoencoder) -> None:
     if not shapes:
         raise ValueError("engine: expected one or more shapes (B, C, H, W), got none")
+    channels, sides = (vae.pixel_channels, "H, W") if half == "encoder" else (vae.latent_channels, "h, w")
     for shape in shapes:
-        if len(shape) != 4 or min(shape) < 1 or shape[1] != vae.pixel_channels:
-            raise ValueError(f"engine: expected shapes (B, {vae.pixel_channels}, H, W), got {shape}")
-        if shape[2] % vae.size_multiple or shape[3] % vae.size_multiple:
+        if len(shape) != 4 or min(shape) < 1 or shape[1] != channels:
+            raise ValueError(f"engine: expected shapes (B, {channels}, {sides}), got {shape}")
+        if half == "decoder":
+            side = vae.fixed_size and vae.fixed_size // vae.downsample
+            if side and shape[2:] != (side, side):
+                raise ValueError(f"engine: this autoencoder needs latents of {side}×{side}, got {shape}")
+        elif shape[2] % vae.size_multiple or shape[3] % vae.size_multiple:
             raise ValueError(f"engine: this autoencoder needs sides divisible by {vae.size_multiple}, got {shape}")
 
 
 def _noise(shape: Shape, weight: Tensor) -> Tensor:
-    """Pixels in [−1, 1], the same everywhere."""
-    pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return pixels.to(weight.device, weight.dtype)
+    """Values in [−1, 1], the same everywhere."""
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return noise.to(weight.device, weight.dtype)
 
 
-def _compare(name: str, got: Tensor, module: nn.Module, pixels: Tensor) -> None:
+def _compare(name: str, got: Tensor, module: nn.Module, inputs: Tensor) -> None:
     """The first and the last image of the batch against eager, one by one: eager needs more memory than the engine."""
-    for row in sorted({0, len(pixels) - 1}):
-        want = module(pixels[row : row + 1].contiguous(memory_format=_format(name)))
-        error, limit = relative_error(got[row : row + 1], want), LIMITS[pixels.dtype]
+    for row in sorted({0, len(inputs) - 1}):
+        want = module(inputs[row : row + 1].contiguous(memory_format=_format(name)))
+        error, limit = relative_error(got[row : row + 1], want), LIMITS[inputs.dtype]
         if not error <= limit:  # NaN is above
             raise ValueError(
-                f"--engine {name}: differs from eager by {error:.2g} (relative) on {str(pixels.dtype)[6:]} "
-                f"{tuple(pixels.shape)}, expected at most {limit:g}; use --engine eager"
+                f"--engine {name}: differs from eager by {error:.2g} (relative) on {str(inputs.dtype)[6:]} "
+                f"{tuple(inputs.shape)}, expected at most {limit:g}; use --engine eager"
             )

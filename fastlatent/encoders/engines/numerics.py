@@ -1,4 +1,4 @@
-"""The switches of torch that change the last bits of an encoder's output, set once and recorded."""
+"""The switches of torch that change the last bits of an autoencoder's output, set once and recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An encoder as one ONNX file, for TensorRT; checked against onnxruntime in the tests."""
+"""An encoder or decoder as one ONNX file, for TensorRT; checked against onnxruntime in the tests."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 # Up to 20 a GroupNorm becomes Reshape and InstanceNormalization. TensorRT gets opset 21's GroupNormalization wrong, and
 # cannot build the Attention of opset 23 for one head of 512.
 OPSET = 18
-INPUT, OUTPUT = "pixels", "moments"
+INPUT, OUTPUT = "input", "output"
 
 
-def export_onnx(module: nn.Module, pixels: Tensor) -> bytes:
-    """`module` for inputs like `pixels` [B, C, H, W], static, in the dtype that it is in; weights are inside.
+def export_onnx(module: nn.Module, inputs: Tensor) -> bytes:
+    """`module` for inputs like `inputs` [B, C, h, w], static, in the dtype that it is in; weights are inside.
 
     The same module gives the same bytes. Names of source files and lines are left out.
 
@@ -29,15 +29,15 @@ def export_onnx(module: nn.Module, pixels: Tensor) -> bytes:
     import onnx
 
     with tempfile.TemporaryDirectory(prefix="fastlatent-onnx-") as temporary, torch.no_grad():
-        path = Path(temporary) / "encoder.onnx"
+        path = Path(temporary) / "network.onnx"
         try:
             torch.onnx.export(
-                module, (pixels,), path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
+                module, (inputs,), path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
                 input_names=[INPUT], output_names=[OUTPUT],
             )  # fmt: skip
         except Exception as error:  # the exporter raises many kinds
             text = " ".join(str(error).split())[:300]
-            raise ValueError(f"engine: this encoder does not export to ONNX: {text}; use --engine compile") from error
+            raise ValueError(f"engine: this network does not export to ONNX: {text}; use --engine compile") from error
         model = onnx.load(path)
     _strip(model.graph)
     del model.metadata_props[:]

@@ -1,4 +1,4 @@
-"""The encoder as a TensorRT engine: ONNX → strongly typed network → plan, kept on disk with its timing cache.
+"""An encoder or decoder as a TensorRT engine: ONNX → strongly typed network → plan, kept on disk with its timing cache.
 
 `build_plan` takes the module `tensorrt` or `tensorrt_rtx`, whose Python interfaces agree here: the latter builds
 without a GPU, so that tests build the real network.
@@ -25,8 +25,8 @@ Run = Callable[[Tensor], Tensor]
 BUILDER = {"optimization_level": 3, "tf32": False, "strongly_typed": True}
 
 
-def load_plan(module: nn.Module, pixels: Tensor, cache: Path) -> tuple[Run, str]:
-    """`module` (contiguous weights, on CUDA) for inputs exactly like `pixels`, and the SHA-256 of its plan.
+def load_plan(module: nn.Module, inputs: Tensor, cache: Path) -> tuple[Run, str]:
+    """`module` (contiguous weights, on CUDA) for inputs exactly like `inputs`, and the SHA-256 of its plan.
 
     TensorRT chooses kernels by timing: only the plan itself says which bytes come out, hence the digest. The plan is
     kept in `cache` under the SHA-256 of the ONNX file (weights inside), the versions of TensorRT, CUDA and driver, and
@@ -35,15 +35,15 @@ def load_plan(module: nn.Module, pixels: Tensor, cache: Path) -> tuple[Run, str]
     Raises:
         ValueError: no CUDA, TensorRT is missing, or it cannot build or load the network.
     """
-    if not pixels.is_cuda:
+    if not inputs.is_cuda:
         raise ValueError("--engine tensorrt: needs a CUDA device; use --engine eager on the CPU")
     trt = import_tensorrt()
-    onnx_file = export_onnx(module, pixels)
-    where = {**machine(pixels.device), "driver": _driver(), "tensorrt": trt.__version__}
+    onnx_file = export_onnx(module, inputs)
+    where = {**machine(inputs.device), "driver": _driver(), "tensorrt": trt.__version__}
     key = {
         "engine": "tensorrt",
         "onnx": hashlib.sha256(onnx_file).hexdigest(),
-        "profile": list(pixels.shape),  # the network is static: its only profile, min = opt = max
+        "profile": list(inputs.shape),  # the network is static: its only profile, min = opt = max
         "builder": BUILDER,
         "machine": where,
     }
@@ -54,14 +54,14 @@ def load_plan(module: nn.Module, pixels: Tensor, cache: Path) -> tuple[Run, str]
         path.write_bytes(plan)
         write_atomic(timing, timings)
 
-    with torch.cuda.device(pixels.device):
+    with torch.cuda.device(inputs.device):
         path = cached_file(cache, key, ".plan", build)
         try:
-            run = _loaded(trt, path.read_bytes(), pixels)
+            run = _loaded(trt, path.read_bytes(), inputs)
         except ValueError:  # complete, but of a library that calls itself the same: once more
             path.unlink(missing_ok=True)
             path = cached_file(cache, key, ".plan", build)
-            run = _loaded(trt, path.read_bytes(), pixels)
+            run = _loaded(trt, path.read_bytes(), inputs)
     return run, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -90,7 +90,7 @@ def build_plan(trt: Any, onnx_file: bytes, timings: bytes = b"") -> tuple[bytes,
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(onnx_file):
         errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-        raise ValueError(f"engine: TensorRT {trt.__version__} does not parse this encoder: {errors[:500]}")
+        raise ValueError(f"engine: TensorRT {trt.__version__} does not parse this network: {errors[:500]}")
     config = builder.create_builder_config()
     config.builder_optimization_level = BUILDER["optimization_level"]
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -100,7 +100,7 @@ def build_plan(trt: Any, onnx_file: bytes, timings: bytes = b"") -> tuple[bytes,
     config.set_timing_cache(cache, ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ValueError(f"engine: TensorRT {trt.__version__} cannot build this encoder: {logger.last or 'no reason'}")
+        raise ValueError(f"engine: TensorRT {trt.__version__} cannot build this network: {logger.last or 'no reason'}")
     kept = config.get_timing_cache()
     return bytes(plan), bytes(kept.serialize()) if kept is not None else b""
 
@@ -120,7 +120,7 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def _loaded(trt: Any, plan: bytes, pixels: Tensor) -> Run:
+def _loaded(trt: Any, plan: bytes, inputs: Tensor) -> Run:
     logger = _logger(trt)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan)
@@ -133,8 +133,8 @@ def _loaded(trt: Any, plan: bytes, pixels: Tensor) -> Run:
     shape = tuple(engine.get_tensor_shape(OUTPUT))
 
     def run(new: Tensor) -> Tensor:
-        assert new.is_contiguous() and new.shape == pixels.shape and new.dtype == pixels.dtype
-        out = torch.empty(shape, dtype=pixels.dtype, device=pixels.device)
+        assert new.is_contiguous() and new.shape == inputs.shape and new.dtype == inputs.dtype
+        out = torch.empty(shape, dtype=inputs.dtype, device=inputs.device)
         context.set_tensor_address(INPUT, new.data_ptr())
         context.set_tensor_address(OUTPUT, out.data_ptr())
         stream = torch.cuda.current_stream(new.device)

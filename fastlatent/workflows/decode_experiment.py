@@ -1,0 +1,298 @@
+"""An experiment's denoising steps → videos; any number of processes share the work of one output folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from fastlatent.config import DecodeConfig, build, to_yaml
+from fastlatent.data.step_latents import read_step
+from fastlatent.encoders.decode_memory import DecodePlan, available_memory, plan_decode, weight_bytes
+from fastlatent.encoders.engines.numerics import fix_numerics
+from fastlatent.encoders.model_folder import find_vae
+from fastlatent.encoders.video_autoencoders import (
+    DiffusersVideoAutoencoder,
+    load_video_autoencoder,
+    video_autoencoder_on_meta,
+)
+from fastlatent.encoders.video_protocol import VideoAutoencoder
+from fastlatent.media.videos import FORMATS, output_path
+from fastlatent.sources.experiment import Experiment, Step, open_experiment, select
+from fastlatent.workflows.decode_records import SUMMARY, Records, StepResult
+from fastlatent.workflows.decode_steps import StepDecoder, VideoSettings
+from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
+
+FPS = 12  # where neither the flag nor the experiment says it
+OUTPUT = "latents_videos"
+_LISTED = 20  # steps that a dry run names
+
+
+class ExperimentLatentDecoder:
+    """Decodes the stored latents of an experiment; `with` frees the autoencoder at the end, as `cleanup()` does.
+
+    The autoencoder is loaded when the first step is decoded, and kept.
+
+    Args:
+        experiment_dir: folder with latents/PROMPT/VIDEO/step_* and configs/generation_config.yaml.
+        device: auto, cpu, cuda, cuda:1 …
+        settings: other fields of config.DecodeConfig, such as dtype="bfloat16" or format="gif".
+
+    Raises:
+        ValueError: no experiment there, an unknown setting, or no such device.
+    """
+
+    def __init__(self, experiment_dir: str | os.PathLike[str], device: str = "auto", **settings: Any) -> None:
+        given = {"latents": os.fspath(experiment_dir), "device": device, **settings}
+        self.config: DecodeConfig = build(DecodeConfig, {}, given)
+        _refuse_image_settings(self.config)
+        self.experiment: Experiment = open_experiment(Path(self.config.latents))
+        self.device = set_up(self.config.device, self.config.threads)
+        self._vae: VideoAutoencoder | None = None
+        self._plans: dict[torch.Size, DecodePlan] = {}
+
+    def __enter__(self) -> ExperimentLatentDecoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cleanup()
+
+    def cleanup(self) -> None:
+        """Free the autoencoder and the memory that it used. Decoding again loads it again."""
+        self._vae = None
+        self._plans.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def decode_video_directory(
+        self,
+        video_dir: str | os.PathLike[str],
+        output_dir: str | os.PathLike[str] | None = None,
+        fps: float | None = None,
+        step_filter: str | None = None,
+    ) -> list[StepResult]:
+        """Decode the steps of one video folder of the experiment; results in the order of the steps.
+
+        Args:
+            video_dir: as latents/prompt_000/vid_001, from here, from the experiment, or absolute.
+            output_dir: below which PROMPT/VIDEO/STEP.mp4 is written; otherwise the experiment's latents_videos.
+
+        Raises:
+            ValueError: no such folder or step, no autoencoder, or one that cannot be used. What is wrong with a step
+                is in its result.
+        """
+        wanted = [Path(video_dir), self.experiment.root / video_dir]
+        folders = {place.resolve() for place in wanted}
+        steps = [step for step in self.experiment.steps if step.path.parent.resolve() in folders]
+        if not steps:
+            known = sorted({str(step.path.parent) for step in self.experiment.steps})
+            raise ValueError(
+                f"{video_dir}: expected a folder of latents of {self.experiment.root}, such as {', '.join(known[:5])}"
+            )
+        steps, _ = select(steps, step_filter=step_filter)
+        results, _ = self._decode(steps, output_dir, fps)
+        return [results[step] for step in steps]
+
+    def decode_experiment(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        prompt_filter: str | None = None,
+        video_filter: str | None = None,
+        step_filter: str | None = None,
+        fps: float | None = None,
+    ) -> dict[str, Any]:
+        """Decode all steps that the filters choose (see `sources.experiment.select`); returns decode_summary.json.
+
+        Its video_summaries hold a result for each step. Raises as `decode_video_directory` does.
+        """
+        steps, _ = select(self.experiment.steps, prompt_filter, video_filter, step_filter)
+        return self._decode(steps, output_dir, fps)[1]
+
+    def output(self, output_dir: str | os.PathLike[str] | None = None) -> Path:
+        """The folder that videos go to."""
+        return Path(output_dir or self.config.output_dir or self.experiment.root / OUTPUT)
+
+    def video_settings(self, fps: float | None = None) -> VideoSettings:
+        """How videos are written: frames a second by argument, setting, experiment or FPS."""
+        config = self.config
+        return VideoSettings(
+            format="mp4" if config.format == "auto" else config.format,
+            fps=fps or config.fps or self.experiment.fps() or FPS,
+            crf=config.crf,
+            scale=config.scale,
+        )
+
+    @cached_property
+    def vae_folder(self) -> Path:
+        """Where the autoencoder is.
+
+        Raises:
+            ValueError: the experiment names none, or it is in none of the places looked at.
+        """
+        return find_vae(self.config.vae or self.experiment.model_id(), near=self.experiment.root)
+
+    @cached_property
+    def _empty(self) -> DiffusersVideoAutoencoder:
+        return video_autoencoder_on_meta(self.vae_folder, self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.config.dtype == "tf32" else DTYPES[self.config.dtype]
+
+    def plan(self, shape: torch.Size) -> DecodePlan:
+        """What decoding latents [1, C, t, h, w] takes, printed when it is first asked for.
+
+        Raises:
+            ValueError: more memory than there is.
+        """
+        if shape not in self._plans:
+            weights = 0 if self._vae else weight_bytes(self._empty)
+            free = available_memory(self.device)
+            self._plans[shape] = plan_decode(
+                self._empty, shape, weight_bytes=weights, available=free, device=self.device
+            )
+            print(self._plans[shape].text, flush=True)
+        return self._plans[shape]
+
+    def first_shape(self, steps: list[Step]) -> torch.Size | None:
+        """[1, C, t, h, w] of the first of these that can be read."""
+        for step in steps:
+            try:
+                return self._empty.arrange(read_step(step.path).values, self.experiment.size()).shape
+            except (ValueError, OSError):
+                continue
+        return None
+
+    def _decode(
+        self, steps: list[Step], output_dir: str | os.PathLike[str] | None, fps: float | None
+    ) -> tuple[dict[Step, StepResult], dict[str, Any]]:
+        output, videos = self.output(output_dir), self.video_settings(fps)
+        if (shape := self.first_shape(steps)) is not None:
+            self.plan(shape)  # before anything is loaded
+        vae = self._load()
+        settings = {
+            **asdict(videos),
+            "dtype": self.config.dtype,
+            "vae": vae.identity(),
+            "normalization": vae.normalization(),
+        }
+        records = Records(output, settings)
+        try:
+            keep_config(output / "decode.yaml", self.config)
+            decoder = StepDecoder(
+                vae, self.device, videos, records, size=self.experiment.size(), plan=self.plan, told=self._tell
+            )
+            results: dict[Step, StepResult] = {}
+            try:
+                results = decoder.run(steps, force=self.config.force)
+            finally:  # also of an interrupted run
+                skipped = sum(result.skipped for result in results.values())
+                about = {"model_id": self.config.vae or self.experiment.model_id()}
+                summary = records.write_summary(self.experiment.steps, skipped, about)
+        finally:
+            records.close()
+        return results, summary
+
+    def _load(self) -> VideoAutoencoder:
+        if self._vae is None:
+            fix_numerics()
+            # float32 means float32, unless TF32 was asked for: the latents' own convolutions differ by 1e-3 with it.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.config.dtype == "tf32"
+            self._vae = load_video_autoencoder(self.vae_folder, self.device, self.dtype)
+        return self._vae
+
+    def _tell(self, step: Step, result: StepResult) -> None:
+        name = f"{step.folder}/{step.name}"
+        if not result.success:
+            print(f"{name}: failed: {result.error_message}", flush=True)
+        elif self.config.verbose:
+            how = "done before" if result.skipped else f"{result.decode_time:.1f} s"
+            notes = "".join(f"; {note}" for note in result.metadata.get("notes", ()))
+            print(f"{name}: {result.output_path}, {how}{notes}", flush=True)
+
+
+def decode_experiment(config: DecodeConfig) -> int:
+    """Decode an experiment; see DecodeConfig. 0: all that was chosen is there; 1: some of it failed."""
+    given = {name: value for name, value in asdict(config).items() if name not in ("latents", "device")}
+    with ExperimentLatentDecoder(config.latents, config.device, **given) as decoder:
+        experiment = decoder.experiment
+        filters = config.prompt_filter, config.video_filter, config.step_filter
+        steps, warnings = select(experiment.steps, *filters)
+        videos = dict.fromkeys((step.prompt, step.video) for step in steps)
+        prompts = dict.fromkeys(prompt for prompt, _ in videos)
+        for warning in (*warnings, *([experiment.problem] if experiment.problem else [])):
+            print(f"warning: {warning}")
+        print(f"{len(steps)} of {len(experiment.steps)} steps: {len(prompts)} prompts, {len(videos)} videos")
+        if config.dry_run:
+            return _dry_run(decoder, steps)
+        if config.gpus is not None:
+            return _on_gpus(config)
+        results, summary = decoder._decode(steps, None, None)
+        failed = sum(not result.success for result in results.values())
+        print(
+            f"{decoder.output() / SUMMARY}: {len(results)} steps: {len(results) - failed} decoded, {failed} failed "
+            f"({summary['skipped_steps']} were done before)"
+        )
+        return 1 if failed else 0
+
+
+def _dry_run(decoder: ExperimentLatentDecoder, steps: list[Step]) -> int:
+    output, form = decoder.output(), decoder.video_settings().format
+    for step in steps[:_LISTED]:
+        print(f"{step.path} -> {output_path(output / step.folder, step.name, form)}")
+    if len(steps) > _LISTED:
+        print(f"and {len(steps) - _LISTED} more")
+    print(f"autoencoder: {decoder.vae_folder}")
+    if (shape := decoder.first_shape(steps)) is not None:
+        decoder.plan(shape)
+    return 0
+
+
+def _on_gpus(config: DecodeConfig) -> int:
+    """One process on each GPU; they divide the steps among themselves."""
+    numbers = [part.strip() for part in (config.gpus or "").split(",")]
+    if not all(part.isdecimal() for part in numbers):
+        raise ValueError(f'--gpus: expected numbers of GPUs such as "0,1", got {config.gpus!r}')
+    if missing := [part for part in numbers if int(part) >= torch.cuda.device_count()]:
+        raise ValueError(f"--gpus {config.gpus}: torch sees {torch.cuda.device_count()} GPUs, not {', '.join(missing)}")
+    return run_together([replace(config, gpus=None, device=f"cuda:{part}") for part in dict.fromkeys(numbers)])
+
+
+def run_together(configs: list[DecodeConfig]) -> int:
+    """`fastlatent decode` with each config in a process of its own; the worst of their exit codes."""
+    processes: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for i, config in enumerate(configs):
+                file = Path(folder) / f"{i}.yaml"
+                file.write_text(to_yaml(config), encoding="utf-8")
+                processes.append(subprocess.Popen([sys.executable, "-m", "fastlatent", "decode", "--config", file]))
+            codes = [process.wait() for process in processes]
+        except BaseException:  # Ctrl-C on a terminal has told them too; whoever told only this process means all
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait()
+            raise
+    return max(map(abs, codes))
+
+
+def _refuse_image_settings(config: DecodeConfig) -> None:
+    """Raise ValueError where a setting has no meaning for an experiment."""
+    if config.format not in ("auto", *FORMATS):
+        raise ValueError(f"--format {config.format}: an experiment's videos are one of {', '.join(FORMATS)}")
+    for name in ("latents_are", "limit", "bit_depth", "columns", "batch_size", "allow_other_vae"):
+        value, default = getattr(config, name), DecodeConfig.__dataclass_fields__[name].default
+        if value != default:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {value}: is for images; an experiment's steps are chosen with --step-filter")
