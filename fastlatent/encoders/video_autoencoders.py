@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlatent.encoders.diffusers_autoencoders import (
     KINDS,
@@ -23,7 +23,6 @@ from fastlatent.encoders.diffusers_autoencoders import (
     weights_folder,
 )
 from fastlatent.encoders.video_kinds import VIDEO_KINDS, Normalization, VideoKind, divided, per_std, times_std
-from fastlatent.encoders.video_protocol import VideoAutoencoder
 from fastlatent.encoders.video_streaming import STREAMS, UNTILED, WHOLE
 from fastlatent.encoders.weights import tensors_digest
 
@@ -150,7 +149,7 @@ class DiffusersVideoAutoencoder:
     def decode(self, raw: Tensor) -> Tensor:
         return self.kind.decode(self.model, self._checked(raw)).float()
 
-    def stream(self, raw: Tensor, *, tiles: bool = False) -> Iterator[Tensor]:
+    def stream(self, raw: Tensor, *, tiles: bool = False) -> Generator[Tensor, None, None]:
         latents = self._checked(raw)
         if len(latents) != 1:
             raise ValueError(f"expected the latents of one video to stream, got {list(raw.shape)}")
@@ -159,7 +158,7 @@ class DiffusersVideoAutoencoder:
         return self._stream(latents, tiles)
 
     @torch.inference_mode()
-    def _stream(self, latents: Tensor, tiles: bool) -> Iterator[Tensor]:
+    def _stream(self, latents: Tensor, tiles: bool) -> Generator[Tensor, None, None]:
         stream = self.kind.stream or STREAMS[self._name]
         for chunk in stream(self.model, latents, tiles=tiles):
             yield chunk[0].float()
@@ -176,7 +175,7 @@ class DiffusersVideoAutoencoder:
         return self._identity
 
 
-def load_video_autoencoder(folder: Path, device: torch.device | str, dtype: torch.dtype) -> VideoAutoencoder:
+def load_video_autoencoder(folder: Path, device: torch.device | str, dtype: torch.dtype) -> DiffusersVideoAutoencoder:
     """Load a folder with config.json and weights, of a class in VIDEO_KINDS or an image autoencoder of diffusers.
 
     Raises:
@@ -190,7 +189,7 @@ def load_video_autoencoder(folder: Path, device: torch.device | str, dtype: torc
     return _of_videos(model.to(device), folder, stored)
 
 
-def video_autoencoder_on_meta(folder: Path, dtype: torch.dtype) -> VideoAutoencoder:
+def video_autoencoder_on_meta(folder: Path, dtype: torch.dtype) -> DiffusersVideoAutoencoder:
     """The same autoencoder with weights on "meta", for estimates of memory; reads no more than config.json.
 
     Raises:
@@ -214,7 +213,7 @@ def _class_name(folder: Path) -> str:
     return name
 
 
-def _of_videos(model: Any, folder: Path, stored: Mapping[str, Tensor]) -> VideoAutoencoder:
+def _of_videos(model: Any, folder: Path, stored: Mapping[str, Tensor]) -> DiffusersVideoAutoencoder:
     """stored: its tensors as they are in the file; without them, it is on "meta" and has no digest."""
     name, config = type(model).__name__, model.config
     kind = VIDEO_KINDS[name]
@@ -233,7 +232,7 @@ def _of_videos(model: Any, folder: Path, stored: Mapping[str, Tensor]) -> VideoA
     return DiffusersVideoAutoencoder(model, kind, normalization, identity_of(model, weights, SCALING))
 
 
-def _of_images(autoencoder: DiffusersAutoencoder) -> VideoAutoencoder:
+def _of_images(autoencoder: DiffusersAutoencoder) -> DiffusersVideoAutoencoder:
     name, config, image = type(autoencoder.model).__name__, autoencoder.model.config, autoencoder.kind
     if name == "AutoencoderKLFlux2":
         raise ValueError(

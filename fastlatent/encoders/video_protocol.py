@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -62,7 +62,7 @@ class VideoAutoencoder(Protocol):
         """[B, C, t, h, w] raw latents → float32 [B, channels, T, H, W], nominally in [−1, 1]."""
         ...
 
-    def stream(self, raw: Tensor, *, tiles: bool = False) -> Iterator[Tensor]:
+    def stream(self, raw: Tensor, *, tiles: bool = False) -> Generator[Tensor, None, None]:
         """[1, C, t, h, w] raw latents → float32 [channels, n, H, W] on the device, one after the other in time.
 
         In float32 they are what `decode` gives, bit for bit. tiles: for less memory and slightly other pixels, in

@@ -245,7 +245,8 @@ class StepDecoder:
         notes = [*about["notes"], *writer.notes]
         if nan:
             notes.append(f"{nan:,} pixel values are NaN, shown black; if the latents are not, try --dtype float32")
-        sizes = {"frames": writer.frames, "width": writer.width, "height": writer.height, "fps": settings.fps}
+        height, width = writer.size
+        sizes = {"frames": writer.frames, "width": width, "height": height, "fps": settings.fps}
         seconds = time.perf_counter() - begun
         return StepResult(
             success=True, output_path=path, decode_time=seconds, metadata={**about, **sizes, "notes": notes}

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fastlatent.config import GalleryConfig
 from fastlatent.media.images import ImageError, read_image
-from fastlatent.media.videos import open_video, video_info
+from fastlatent.media.videos import open_video, rate, video_info
 from fastlatent.pipeline.ahead import ahead
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
@@ -58,14 +58,14 @@ class Page:
     Attributes:
         data: of the page's script. `about` comes last, when it is known what failed.
         media: (entry of `data` that gets the medium's number, or an error; the file).
-        embed: makes the medium of a file. Raises Unreadable or ImageError.
+        embed: makes the medium of one of `media`. Raises Unreadable or ImageError.
         unit: what is counted.
         remedy: against a page that is too large.
     """
 
     data: dict[str, Any]
     media: list[tuple[dict[str, Any], Path]]
-    embed: Callable[[Path], Medium]
+    embed: Callable[[dict[str, Any], Path], Medium]
     unit: str
     remedy: str
 
@@ -156,6 +156,7 @@ def _videos(listing: Path, config: GalleryConfig) -> Page:
         entry: dict[str, Any] = {
             "media": None,
             "error": str(record.get("error") or ""),
+            "fps": record.get("fps"),
             "latent": latent,
             "facts": facts,
         }
@@ -174,7 +175,7 @@ def _videos(listing: Path, config: GalleryConfig) -> Page:
     return Page(
         data={"rows": list(rows.values()), "steps": columns, "about": " · ".join(part for part in about if part)},
         media=media,
-        embed=lambda path: _clip(path, config.height),
+        embed=lambda entry, path: _clip(path, config.height, entry["fps"]),
         unit="videos",
         remedy="a smaller --height, fewer steps (--step-filter every:5,last) or fewer prompts (--prompt-filter)",
     )
@@ -202,7 +203,7 @@ def _images(listing: Path, config: GalleryConfig) -> Page:
     return Page(
         data={"images": images, "about": f"{len(images)} images"},
         media=media,
-        embed=lambda path: _picture(path, config.height),
+        embed=lambda entry, path: _picture(path, config.height),
         unit="images",
         remedy="a smaller --height",
     )
@@ -225,7 +226,7 @@ def _write(file: BinaryIO, page: Page, title: str) -> None:
 
     def embed(task: tuple[dict[str, Any], Path]) -> Medium | str:
         try:
-            return page.embed(task[1])
+            return page.embed(*task)
         except (Unreadable, ImageError) as error:
             return str(error)
 
@@ -272,15 +273,21 @@ def _script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _clip(path: Path, height: int) -> Medium:
-    """A video as an mp4 of at most `height` pixels (0: any) that browsers play; a good mp4 is taken byte for byte."""
+def _clip(path: Path, height: int, recorded: object) -> Medium:
+    """A video as an mp4 of at most `height` pixels (0: any) that browsers play; a good mp4 is taken byte for byte.
+
+    recorded: frames a second as the summary has it, for a folder of frames.
+    """
     if not path.exists():
         raise Unreadable(f"{path.name} is missing: it was moved or deleted after decoding")
     try:
-        info = video_info(path)
+        frames, width, rows, kept = video_info(path)
+        fps = recorded if kept is None else kept
+        if not isinstance(fps, (int, float)):
+            raise ValueError(f"expected its frames a second in {SUMMARY}, got {fps!r:.40}")
+        rate(fps)  # raises where it is out of range
     except (OSError, ValueError) as error:
         raise Unreadable(f"{path.name} cannot be read: {error}") from None
-    frames, width, rows, fps = info
     thumbnail, size = "", [width, rows]
     with tempfile.TemporaryDirectory(prefix="fastlatent-gallery-") as temporary:
         whole = (not height or rows <= height) and _plays(path)
