@@ -81,7 +81,9 @@ def test_kernels_is_not_a_package():
 
 
 # Packages that only one kind of source or file, or one setting, needs are imported when that comes.
-OPTIONAL = ("pyarrow", "fsspec", "imagecodecs", "OpenEXR", "ray", "transformers", "nvidia", "onnx", "tensorrt")
+OPTIONAL = (
+    "pyarrow", "fsspec", "imagecodecs", "OpenEXR", "ray", "transformers", "nvidia", "onnx", "tensorrt", "av", "tifffile",
+)  # fmt: skip
 # Imported themselves when their decoder is chosen.
 WHOLE = {"dali_decoder.py", "nvimagecodec_decoder.py"}
 

@@ -87,6 +87,7 @@ def check_contents(wheel: Path) -> None:
     wanted = [LIBRARY, "fastlatent/lib/fastlatent.h"]
     wanted += [f"fastlatent/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")]
     wanted += [str(path.relative_to(ROOT)) for path in (ROOT / "fastlatent").rglob("*.py")]
+    wanted += [str(path.relative_to(ROOT)) for path in (ROOT / "fastlatent").rglob("*.html")]
     missing = sorted(set(wanted) - set(names))
     expect(not missing, f"the wheel lacks {', '.join(missing)}")
     folders = ("fastlatent/", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlatent.encoders.diffusers_autoencoders import (
     KINDS,
@@ -22,6 +22,7 @@ from fastlatent.encoders.diffusers_autoencoders import (
     read_config,
     weights_folder,
 )
+from fastlatent.encoders.engines.video_step import CompiledStep
 from fastlatent.encoders.video_kinds import VIDEO_KINDS, Normalization, VideoKind, divided, per_std, times_std
 from fastlatent.encoders.video_streaming import STREAMS, UNTILED, WHOLE
 from fastlatent.encoders.weights import tensors_digest
@@ -61,6 +62,7 @@ class DiffusersVideoAutoencoder:
         self.tiles = kind.tiles and self._name not in UNTILED
         self._normalization = normalization
         self._identity = identity
+        self._step: CompiledStep | None = None
 
     def frames(self, latent_frames: int) -> int:
         whole = self.time_stride * latent_frames
@@ -157,10 +159,21 @@ class DiffusersVideoAutoencoder:
             raise ValueError(f"{self._name} has no choice of tiles in diffusers: leave them out")
         return self._stream(latents, tiles)
 
+    def use_engine(self, name: str, cache: Path) -> None:
+        """Compile the step that `stream` repeats, without tiles (see `engines.video_step`).
+
+        Raises:
+            ValueError: this class has no such step.
+        """
+        if self._name != "AutoencoderKLWan":
+            raise ValueError(f"--engine {name}: of video autoencoders AutoencoderKLWan only, not {self._name}")
+        self._step = CompiledStep(name, self.model, self._identity, cache)
+
     @torch.inference_mode()
     def _stream(self, latents: Tensor, tiles: bool) -> Generator[Tensor, None, None]:
         stream = self.kind.stream or STREAMS[self._name]
-        for chunk in stream(self.model, latents, tiles=tiles):
+        compiled = {} if self._step is None else {"step": self._step}
+        for chunk in stream(self.model, latents, tiles=tiles, **compiled):
             yield chunk[0].float()
 
     def _checked(self, raw: Tensor) -> Tensor:

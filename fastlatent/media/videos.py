@@ -337,8 +337,6 @@ class _Mp4:
     def _mux(self, picture: Any) -> None:
         with _disk_errors(self._av):
             for packet in self._stream.encode(picture):
-                if not packet.duration:
-                    packet.duration = 1  # else a single frame lasts no time
                 self._container.mux(packet)
 
 

@@ -29,6 +29,7 @@ from fastlatent.media.videos import FORMATS, output_path
 from fastlatent.sources.experiment import Experiment, Step, open_experiment, select
 from fastlatent.workflows.decode_records import SUMMARY, Records, StepResult
 from fastlatent.workflows.decode_steps import StepDecoder, VideoSettings
+from fastlatent.workflows.encode_setup import engine_cache
 from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
 
 FPS = 12  # where neither the flag nor the experiment says it
@@ -208,7 +209,10 @@ class ExperimentLatentDecoder:
             fix_numerics()
             # float32 means float32, unless TF32 was asked for: the latents' own convolutions differ by 1e-3 with it.
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.config.dtype == "tf32"
-            self._vae = load_video_autoencoder(self.vae_folder, self.device, self.dtype)
+            vae = load_video_autoencoder(self.vae_folder, self.device, self.dtype)
+            if self.config.engine != "eager":
+                vae.use_engine(self.config.engine, engine_cache())
+            self._vae = vae
         return self._vae
 
     def _tell(self, step: Step, result: StepResult) -> None:

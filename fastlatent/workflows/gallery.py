@@ -33,7 +33,7 @@ from fastlatent.store.files import inside, make_directory, member, publish, read
 
 MAX_PAGE_BYTES = 500_000_000  # browsers become slow, and some refuse a page of 512 MB
 VIDEOS, SUMMARY, IMAGES = "latents_videos", "decode_summary.json", "images.jsonl"
-CRF = 20  # of videos that are made smaller
+CRF = 24  # of videos that are made smaller
 THUMBNAIL = (78, 48)  # pixels at most; the page's cells are of this size
 QUALITY = 90  # of images that are made smaller (WebP), and of thumbnails (JPEG)
 BROWSER_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}

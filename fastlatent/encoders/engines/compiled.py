@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fastlatent.encoders.engines.cache import cached_file
 
@@ -62,29 +63,30 @@ def captured(function: Run, inputs: Tensor, pool: Any = None) -> Run:
     return replay
 
 
-def load_package(module: nn.Module, inputs: Tensor, cache: Path, identity: dict[str, Any]) -> Run:
-    """`module` compiled ahead of time for inputs exactly like `inputs`, from the package in `cache` or into one.
+def compile_ahead(module: nn.Module, inputs: tuple[Any, ...], cache: Path, identity: dict[str, Any]) -> Any:
+    """`module` compiled ahead of time for arguments exactly like `inputs` (tensors, and lists of them), from the
+    package in `cache` or into one.
 
-    identity: of the autoencoder; with the dtype, shape, torch and machine it names the package.
+    identity: of the autoencoder; with the inputs' dtypes and shapes, torch and the machine it names the package.
     """
+    tensors = tree_leaves(inputs)
     key = {
         "engine": "aoti",
         "autoencoder": identity,
         "module": _signature(module),
-        "shape": list(inputs.shape),
-        "channels_last": inputs.is_contiguous(memory_format=torch.channels_last),
-        "dtype": str(inputs.dtype),
+        "inputs": [[str(one.dtype), list(one.shape), list(one.stride())] for one in tensors],
         "options": OPTIONS,
-        "machine": machine(inputs.device),
+        "machine": machine(tensors[0].device),
     }
 
     def build(path: Path) -> None:
-        program = torch.export.export(module, (inputs,))
+        program = torch.export.export(module, inputs)
         # A copy of the options: torch adds its own to the dictionary that it is given.
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
 
     path = cached_file(cache, key, ".pt2", build)
-    index = inputs.device.index if inputs.device.type == "cuda" else None
+    device = tensors[0].device
+    index = device.index if device.type == "cuda" else None
     return torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlatent.encoders.engines.compiled import OPTIONS, compile_module, load_package
+from fastlatent.encoders.engines.compiled import OPTIONS, compile_ahead, compile_module
 from fastlatent.encoders.engines.numerics import numerics, relative_error
 from fastlatent.encoders.engines.onnx_export import OPSET
 from fastlatent.encoders.engines.tensorrt import BUILDER, import_tensorrt, load_plan
@@ -178,7 +178,7 @@ def _open(
         return (
             compile_module(module, inputs, pool)
             if name == "compile"
-            else load_package(module, inputs, cache, vae.identity())
+            else compile_ahead(module, (inputs,), cache, vae.identity())
         )
     except (OSError, torch.OutOfMemoryError):  # a full disk and a full GPU say so themselves
         raise
