@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import yaml
 from diffusers import AutoencoderKLWan
-from rows import Case, Row, append, cpu_cores, results_path
+from rows import Case, Row, cpu_cores
 
 from fastlatent.config import DecodeConfig
 from fastlatent.data.step_latents import read_step, statistics
@@ -160,15 +160,7 @@ def measure(case: Case, seconds: float) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    parser = harness.case_parser((__doc__ or "").split("\n")[0])
-    args = parser.parse_args(argv)
-    written = []
-    for case in harness.chosen_cases(parser, args, CASES):
-        for row in measure(case, args.seconds):
-            append(results_path(), row)
-            print(harness.describe(row), flush=True)
-            written.append(row)
-    return written
+    return harness.measure_all(CASES, measure, argv, (__doc__ or "").split("\n")[0])
 
 
 if __name__ == "__main__":

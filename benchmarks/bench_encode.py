@@ -28,7 +28,7 @@ import torch
 from bench_decode import SHAPES, jpegs
 from diffusers import AutoencoderKL
 from PIL import Image
-from rows import Case, Row, append, results_path
+from rows import Case, Row
 from safetensors.torch import save_file
 
 from fastlatent.config import EncodeConfig
@@ -228,15 +228,7 @@ def _placed(pinned: bool) -> Iterator[Callable[[], contextlib.AbstractContextMan
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    parser = harness.case_parser((__doc__ or "").split("\n")[0])
-    args = parser.parse_args(argv)
-    written = []
-    for case in harness.chosen_cases(parser, args, CASES):
-        for row in measure(case, args.seconds):
-            append(results_path(), row)
-            print(harness.describe(row), flush=True)
-            written.append(row)
-    return written
+    return harness.measure_all(CASES, measure, argv, (__doc__ or "").split("\n")[0])
 
 
 if __name__ == "__main__":

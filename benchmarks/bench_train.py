@@ -33,7 +33,7 @@ import numpy as np
 import rows as row_files
 import torch
 from plain_train import PlainLoop, Recipe
-from rows import Case, Row, append, results_path
+from rows import Case, Row
 from store_costs import commit, open_writer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -328,19 +328,7 @@ def _wait_row(case: Case, ours: Row, waits: list[float]) -> Row:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    parser = harness.case_parser((__doc__ or "").split("\n")[0])
-    args = parser.parse_args(argv)
-    written = []
-    for case in harness.chosen_cases(parser, args, CASES):
-        try:
-            found = measure(case, args.seconds)
-        except Exception as error:  # out of memory in one case must not cost the next
-            found = [harness.row(case, name, harness.failure(error)) for name in case.providers]
-        for row in found:
-            append(results_path(), row)
-            print(harness.describe(row), flush=True)
-            written.append(row)
-    return written
+    return harness.measure_all(CASES, measure, argv, (__doc__ or "").split("\n")[0])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import rows as row_files
 import torch
 from bench_encode import WIDTHS, write_images, write_vae
 from bench_train import LEAD, Loop, make_objective, model_config, precision, steps_per_call
-from rows import Case, Row, append, results_path
+from rows import Case, Row
 
 from fastlatent.config import EncodeConfig, TrainDitConfig
 from fastlatent.workflows.encode import encode
@@ -170,15 +170,7 @@ def _ask(pipe: Connection, steps: int) -> tuple[float, int] | harness.Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    parser = harness.case_parser((__doc__ or "").split("\n")[0])
-    args = parser.parse_args(argv)
-    written = []
-    for case in harness.chosen_cases(parser, args, CASES):
-        for row in measure(case, args.seconds):
-            append(results_path(), row)
-            print(harness.describe(row), flush=True)
-            written.append(row)
-    return written
+    return harness.measure_all(CASES, measure, argv, (__doc__ or "").split("\n")[0])
 
 
 if __name__ == "__main__":

@@ -34,14 +34,14 @@ import pytest
 import torch
 from bench_vae_encode import products
 from diffusers import AutoencoderKLWan
-from rows import Case, Row, append, cpu_cores, results_path
+from rows import Case, Row, cpu_cores
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlatent.encoders.engines.cache import cached_file
-from fastlatent.encoders.engines.compiled import OPTIONS, machine
 from fastlatent.encoders.engines.numerics import fix_numerics, relative_error
-from fastlatent.encoders.video_streaming import stream_wan, wan_step
+from fastlatent.encoders.engines.video_step import CompiledStep
+from fastlatent.encoders.video_streaming import stream_wan
+from fastlatent.workflows.encode_setup import engine_cache
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "wan-2.1": {},  # the class's defaults
@@ -99,34 +99,6 @@ def make_model(case: Case) -> tuple[Any, Tensor]:
     return model, torch.randn(latent_shape(case)).to(case.device, dtype)
 
 
-def step_inputs(model: Any, z: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """What the step is called with for the third latent frame."""
-    seen: list[tuple[Tensor, list[Tensor]]] = []
-
-    def step(frame: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        seen.append((frame.clone(), caches))
-        return frame, caches
-
-    for _ in stream_wan(model, z[:, :, :3], step=step):
-        pass
-    return seen[0]
-
-
-def ahead_of_time(case: Case, model: Any, z: Tensor) -> Callable[..., Any]:
-    """The step as a package that is kept where engines are."""
-    inputs = step_inputs(model, z)
-    step = wan_step(model).eval()
-    cache = Path(os.environ.get("FASTLATENT_CACHE") or Path.home() / ".cache" / "fastlatent") / "engines"
-    key = {"benchmark": case.key, "module": repr(step), "options": OPTIONS, "machine": machine(z.device)}
-
-    def build(path: Path) -> None:
-        with torch.no_grad():
-            program = torch.export.export(step, inputs)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
-
-    return torch._inductor.aoti_load_package(str(cached_file(cache, key, ".pt2", build)))
-
-
 @contextmanager
 def prepare(case: Case) -> Iterator[harness.Prepared]:
     threads_before = torch.get_num_threads()
@@ -152,13 +124,14 @@ def prepare(case: Case) -> Iterator[harness.Prepared]:
 
         return run
 
+    def compiled(name: str) -> CompiledStep:
+        return CompiledStep(name, model, {"benchmark": case.key}, engine_cache())
+
     count = flops(str(case.sizes["model"]), tuple(z.shape))
     factories: dict[str, Callable[[], Callable[[], object]]] = {
         "stream": lambda: stream(lambda: None),
-        "stream-compile": lambda: stream(
-            lambda: torch.compile(wan_step(model), fullgraph=True, dynamic=False, options=dict(OPTIONS))
-        ),
-        "stream-aoti": lambda: stream(lambda: ahead_of_time(case, model, z)),
+        "stream-compile": lambda: stream(lambda: compiled("compile")),
+        "stream-aoti": lambda: stream(lambda: compiled("aoti")),
         "diffusers": diffusers,
         "floor": lambda: products(count, z.device, z.dtype),
     }
@@ -256,24 +229,18 @@ def test_providers_agree():
 # ---- the command line ------------------------------------------------------------------------------------
 
 
+def measure(case: Case, seconds: float) -> list[Row]:
+    if case.benchmark == "video_memory":
+        return measure_memory(case)
+    with prepare(case) as prepared:
+        outcomes = harness.interleave(
+            prepared.providers, device=case.device, min_seconds=seconds, cap_seconds=COMPILE_SECONDS
+        )
+    return harness.rows_of(case, prepared, outcomes)
+
+
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    parser = harness.case_parser((__doc__ or "").split("\n")[0])
-    args = parser.parse_args(argv)
-    written = []
-    for case in harness.chosen_cases(parser, args, CASES):
-        if case.benchmark == "video_memory":
-            found = measure_memory(case)
-        else:
-            with prepare(case) as prepared:
-                outcomes = harness.interleave(
-                    prepared.providers, device=case.device, min_seconds=args.seconds, cap_seconds=COMPILE_SECONDS
-                )
-            found = harness.rows_of(case, prepared, outcomes)
-        for row in found:
-            append(results_path(), row)
-            print(harness.describe(row), flush=True)
-            written.append(row)
-    return written
+    return harness.measure_all(CASES, measure, argv, (__doc__ or "").split("\n")[0])
 
 
 if __name__ == "__main__":

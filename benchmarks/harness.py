@@ -312,22 +312,36 @@ def main(
     argv: Sequence[str] | None = None,
 ) -> list[Row]:
     """The command line of a benchmark file (module docstring). Returns the rows written."""
-    parser = case_parser()
+
+    def measure(case: Case, seconds: float) -> list[Row]:
+        with prepare(case) as prepared:
+            outcomes = interleave(prepared.providers, device=case.device, min_seconds=seconds)
+        return rows_of(case, prepared, outcomes)
+
+    return measure_all(cases, measure, argv)
+
+
+def measure_all(
+    cases: Sequence[Case],
+    measure: Callable[[Case, float], Sequence[Row]],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+) -> list[Row]:
+    """The same for a benchmark that makes its rows itself: `measure(case, seconds)`, seconds being --seconds."""
+    parser = case_parser(description)
     args = parser.parse_args(argv)
     chosen = chosen_cases(parser, args, cases)
     if not chosen:
         return []
     path = results_path()
     print(f"{platform.python_version()} torch {torch.__version__} -> {path}", file=sys.stderr)
-    written = []
+    written: list[Row] = []
     for case in chosen:
         try:
-            with prepare(case) as prepared:
-                outcomes = interleave(prepared.providers, device=case.device, min_seconds=args.seconds)
+            found = measure(case, args.seconds)
         except Exception as error:  # out of memory or disk in one case must not cost the next
-            prepared = Prepared(dict.fromkeys(case.providers, lambda: lambda: None))
-            outcomes = dict.fromkeys(case.providers, failure(error))
-        for new in rows_of(case, prepared, outcomes):
+            found = [row(case, name, failure(error)) for name in case.providers]
+        for new in found:
             append(path, new)
             print(describe(new), flush=True)
             written.append(new)
