@@ -1,5 +1,5 @@
-"""The README's commands of "Encode anything" and "Train anything", as they stand there but for the sizes, on data with
-the same layouts."""
+"""The README's commands of "Encode anything", "Train anything" and "Decode anything", as they stand there but for the
+sizes, on data with the same layouts."""
 
 import json
 import pickle
@@ -13,7 +13,11 @@ import plain_ldm_autoencoder
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from tiny_video_models import make_vae
+from toy_experiment import make_experiment
 
+from fastlatent.encoders.video_kinds import VIDEO_KINDS
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.store.reader import Dataset
 
@@ -149,3 +153,48 @@ def test_the_run_loads_in_plain_diffusers(trained, monkeypatch):
     assert names["scheduler"].config.clip_sample is False
     assert names["scheduler"].timesteps[0] == 999
     assert names["images"].shape[0] == 4 and names["images"].isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def decoded(chain, done) -> Path:
+    """The folder after the commands of "Decode anything"."""
+    make_vae("AutoencoderKLWan", done / "wan" / "vae")
+    experiment = done / "outputs" / "boats_20260110_101500"
+    make_experiment(experiment, model_id="wan", steps=(0, 5, 19), shape=(1, 4, 2, 3, 4))
+    (done / "lightningdit").mkdir()
+    shutil.copytree(done / "vae", done / "vavae")
+    names = ("latents", "latents_flip")
+    values = {name: torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)) for name in names}
+    shard = done / "lightningdit" / "latents_rank00_shard000.safetensors"
+    save_file(values | {"labels": torch.zeros(3, dtype=torch.int64)}, shard)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(done)
+        for line in readme_commands("Decode anything"):
+            words = shlex.split(line)[1:]
+            chain.ok("", *words, *(["--threads", "1"] if words[0] == "decode" else []))
+    return done
+
+
+def test_decoded(decoded):
+    videos = decoded / "outputs/boats_20260110_101500/latents_videos"
+    assert len(list(videos.glob("*/*/step_*.mp4"))) == 12
+    assert json.loads((videos / "decode_summary.json").read_text())["failed_steps"] == 0
+    gifs = sorted(path.relative_to(decoded / "gifs").as_posix() for path in decoded.glob("gifs/*/*/*.gif"))
+    assert gifs == [f"prompt_000/vid_00{v}/step_0{s}.gif" for v in (0, 1) for s in ("00", "19")]
+    assert (decoded / "outputs/boats_20260110_101500/gallery.html").stat().st_size > 10_000
+    assert len(list((decoded / "look/images").glob("*.png"))) == 3
+    assert len(list((decoded / "jpegs/images").glob("*.jpg"))) == 3
+
+
+def test_the_decoder_in_python(decoded, monkeypatch):
+    [code] = re.findall(r"```python\n(.*?)```", section("Decode anything"), re.DOTALL)
+    monkeypatch.chdir(decoded)
+    names: dict = {}
+    exec(code, names)
+    assert [result.success for result in names["results"]] == [True, True]
+    assert names["summary"]["successful_steps"] == 12
+
+
+def test_every_video_autoencoder_is_in_the_table():
+    table = section("Decode anything")
+    assert [name for name in VIDEO_KINDS if name not in table] == []
