@@ -13,7 +13,7 @@ from fastlatent.encoders.protocol import Autoencoder
 from fastlatent.encoders.sigma_vae import FILE as SIGMA_FILE
 from fastlatent.encoders.sigma_vae import SigmaVAE, sigma_vae
 from fastlatent.encoders.weights import SUFFIXES, load_into, read_file, tensors_digest
-from fastlatent.pipeline.checkpoints import checkpoints
+from fastlatent.pipeline.checkpoints import newest_first
 
 
 def load_autoencoder(
@@ -30,7 +30,7 @@ def load_autoencoder(
         ValueError: nothing is there, it is not for images, or its weights do not fit.
     """
     path = Path(path)
-    for folder in (*reversed(checkpoints(path)), path):
+    for folder in newest_first(path):
         if (folder / SIGMA_FILE).is_file():
             return _load_file(folder / SIGMA_FILE, device, dtype)
     if not path.is_file() or path.suffix not in SUFFIXES:

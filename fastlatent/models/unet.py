@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastlatent.diffusion.schedules import BETA_RANGES, alphas_cumprod
-from fastlatent.pipeline.checkpoints import checkpoints
+from fastlatent.pipeline.checkpoints import newest_first
 from fastlatent.sources.conditions import parse_conditions
 
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
@@ -285,7 +285,7 @@ def save_unet(folder: Path, model: ConditionalUNet, config: UNetConfig) -> None:
 def find_unet(path: str | Path) -> Path | None:
     """The checkpoint folder of a UNet: the newest of the run `path`, or `path` itself; None if there is none."""
     path = Path(path)
-    for folder in (*reversed(checkpoints(path)), path):
+    for folder in newest_first(path):
         if (folder / SOURCE).is_file() and (folder / FOLDER / "config.json").is_file():
             return folder
     return None

@@ -31,6 +31,11 @@ def checkpoints(run: Path) -> list[Path]:
     return [folder for _, folder in sorted(found)]
 
 
+def newest_first(path: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first, then the folder itself, which has the newest when training ended."""
+    return [*reversed(checkpoints(path)), path]
+
+
 def resolve(path: str | Path, weights: str, what: str) -> Path:
     """The folder that holds config.json and `weights`: the newest checkpoint of the run `path`, or `path` itself.
 
@@ -38,8 +43,7 @@ def resolve(path: str | Path, weights: str, what: str) -> Path:
         ValueError: there is none; `what` says what was looked for.
     """
     path = Path(path)
-    candidates = [*reversed(checkpoints(path)), path]  # the folder itself has what was newest when training ended
-    for folder in candidates:
+    for folder in newest_first(path):
         if (folder / "config.json").is_file() and (folder / weights).is_file():
             return folder
     if not path.exists():
