@@ -90,8 +90,7 @@ def flops(model: str, shape: tuple[int, ...]) -> int:
 def make_model(case: Case) -> tuple[Any, Tensor]:
     """The model and latents, in place; every switch of torch as the case says."""
     torch.set_num_threads(case.threads)
-    fix_numerics()
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    fix_numerics(tf32=case.dtype == "tf32")
     dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
     torch.manual_seed(0)
     with torch.device(case.device):

@@ -82,7 +82,8 @@ def test_kernels_is_not_a_package():
 
 # Packages that only one kind of source or file, or one setting, needs are imported when that comes.
 OPTIONAL = (
-    "pyarrow", "fsspec", "imagecodecs", "OpenEXR", "tifffile", "av", "ray", "transformers", "nvidia", "onnx", "tensorrt",
+    "pyarrow", "fsspec", "imagecodecs", "OpenEXR", "tifffile", "av", "ray", "transformers", "nvidia", "onnx",
+    "tensorrt",
 )  # fmt: skip
 # Imported themselves when their decoder is chosen.
 WHOLE = {"dali_decoder.py", "nvimagecodec_decoder.py"}

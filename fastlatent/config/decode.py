@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from fastlatent.config.fields import DEVICE_HELP, MAX_THREADS, option, required
 
+PROMPTS = "experiments: names or globs of prompt folders separated by commas; also first, last, every:5"
+VIDEOS = "experiments: the same for video folders"
+STEPS = "experiments: the same for steps, such as step_000,step_019"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
@@ -28,11 +32,9 @@ class DecodeConfig:
         "images of files that do not say it: raw as the autoencoder gives them, or scaled by its config's factors",
         choices=("raw", "scaled"),
     )
-    prompt_filter: str | None = option(
-        None, "experiments: names or globs of prompt folders separated by commas; also first, last, every:5"
-    )
-    video_filter: str | None = option(None, "experiments: the same for video folders")
-    step_filter: str | None = option(None, "experiments: the same for steps, such as step_000,step_019")
+    prompt_filter: str | None = option(None, PROMPTS)
+    video_filter: str | None = option(None, VIDEOS)
+    step_filter: str | None = option(None, STEPS)
     format: str = option(
         "auto",
         "auto: mp4 for videos, png for images. gif and png-frames are for videos, jpeg and tiff (float32) for images",
@@ -44,7 +46,7 @@ class DecodeConfig:
     crf: int = option(18, "quality of mp4: 0 is without loss, 51 the worst", minimum=0, maximum=51)
     scale: float = option(1.0, "videos: factor of width and height", minimum=0.01, maximum=16)
     force: bool = option(False, "experiments: decode again what is decoded already")
-    dry_run: bool = option(False, "experiments: list what would be decoded, and the plan, and stop")
+    dry_run: bool = option(False, "say what would be decoded, of an experiment also the plan, and stop")
     verbose: bool = option(False, "experiments: a line for each step")
     gpus: str | None = option(None, 'experiments: one process on each of these GPUs, such as "0,1"')
     limit: int = option(0, "images: only the first; 0: all", minimum=0)
@@ -74,8 +76,6 @@ class GalleryConfig:
     height: int = option(
         240, "of the embedded videos and images in pixels, which are never enlarged; 0: as they are", minimum=0
     )
-    prompt_filter: str | None = option(
-        None, "experiments: names or globs of prompt folders separated by commas; also first, last, every:5"
-    )
-    video_filter: str | None = option(None, "experiments: the same for video folders")
-    step_filter: str | None = option(None, "experiments: the same for steps, such as step_000,step_019")
+    prompt_filter: str | None = option(None, PROMPTS)
+    video_filter: str | None = option(None, VIDEOS)
+    step_filter: str | None = option(None, STEPS)

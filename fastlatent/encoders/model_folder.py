@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def find_vae(model_id: str, *, near: Path, cache_dir: Path | None = None) -> Pat
     name = model_id.strip()
     if not name:
         raise ValueError("expected a model id or a folder, got an empty one; --vae FOLDER names the autoencoder")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
     looked = []
     for root in dict.fromkeys((path.absolute(), (near / path).absolute())):
         for folder in (root / "vae", root):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlatent.encoders.diffusers_autoencoders import (
     KINDS,
@@ -23,7 +23,15 @@ from fastlatent.encoders.diffusers_autoencoders import (
     weights_folder,
 )
 from fastlatent.encoders.engines.video_step import CompiledStep
-from fastlatent.encoders.video_kinds import VIDEO_KINDS, Normalization, VideoKind, divided, per_std, times_std
+from fastlatent.encoders.video_kinds import (
+    VIDEO_KINDS,
+    Normalization,
+    VideoKind,
+    divided,
+    per_std,
+    reciprocal,
+    times_std,
+)
 from fastlatent.encoders.video_streaming import STREAMS, UNTILED, WHOLE
 from fastlatent.encoders.weights import tensors_digest
 
@@ -66,13 +74,15 @@ class DiffusersVideoAutoencoder:
 
     def frames(self, latent_frames: int) -> int:
         whole = self.time_stride * latent_frames
-        return whole - self.time_stride + 1 if self.kind.first_alone else whole
+        alone = self.kind.first_alone and not (self.kind.even_whole and latent_frames % 2 == 0)
+        return whole - self.time_stride + 1 if alone else whole
 
     def latent_frames(self, frames: int) -> int:
         count = self._floor_latent_frames(frames)
         if count < 1 or self.frames(count) != frames:
             stride = self.time_stride
             form = f"{stride}·k + 1" if self.kind.first_alone else f"{stride}·k"
+            form = f"{2 * stride}·k or {2 * stride}·k + 1" if self.kind.even_whole else form
             raise ValueError(
                 f"{self._name} has videos of {form} frames, {self.frames(max(count, 1))} or {self.frames(count + 1)}, "
                 f"got {frames}"
@@ -210,7 +220,8 @@ def video_autoencoder_on_meta(folder: Path, dtype: torch.dtype) -> DiffusersVide
     """
     name = _class_name(folder)
     with LOADING, torch.device("meta"):
-        model = diffusers_class(name).from_config(read_config(folder)).to("meta", dtype)
+        model = diffusers_class(name).from_config(read_config(folder))
+        nn.Module.to(model, "meta", dtype)  # diffusers' own warns of a loss of precision, and there are no numbers
     if name in KINDS:
         return _of_images(DiffusersAutoencoder(model, "", lambda: load_folder(folder, "cpu", torch.float32)))
     return _of_videos(model, folder, {})
@@ -258,18 +269,21 @@ def _of_images(autoencoder: DiffusersAutoencoder) -> DiffusersVideoAutoencoder:
         mean, std, factor = None, None, 1.0
     if mean is None or std is None:
         shift = None if image.scaled else config.get("shift_factor")
-        mean, std, inverse = [shift or 0.0] * autoencoder.latent_channels, [1.0] * autoencoder.latent_channels, divided
+        mean, std, inverse = None, None, reciprocal  # as AnimateDiff has it
+        if shift is not None:
+            mean, std, inverse = [shift] * autoencoder.latent_channels, [1.0] * autoencoder.latent_channels, divided
 
     def stream(model: Any, latents: Tensor, *, tiles: bool) -> Iterator[Tensor]:
-        before = getattr(model, "use_tiling", False)
-        try:
-            for frame in latents.unbind(2):
-                if tiles:
-                    model.enable_tiling()
-                yield autoencoder.decode(frame).unsqueeze(2)
-        finally:
+        for frame in latents.unbind(2):
+            before = getattr(model, "use_tiling", False)
             if tiles:
-                model.use_tiling = before
+                model.enable_tiling()
+            try:
+                pixels = autoencoder.decode(frame).unsqueeze(2)
+            finally:
+                if tiles:
+                    model.use_tiling = before
+            yield pixels
 
     kind = VideoKind(
         image.downsample,

@@ -80,18 +80,26 @@ def _encode_svd(model: Any, pixels: Tensor) -> Tensor:
     return _encode_gaussian(model, pixels.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
+def _encode_one_by_one(model: Any, pixels: Tensor) -> Tensor:
+    return torch.cat([_encode_gaussian(model, one) for one in pixels.split(1)])
+
+
 def _encode_allegro(model: Any, pixels: Tensor) -> Tensor:
     model.enable_tiling()  # diffusers has nothing else for it, and one video at a time
-    return torch.cat([_encode_gaussian(model, one) for one in pixels.split(1)])
+    return _encode_one_by_one(model, pixels)
 
 
 def _decode_whole(model: Any, latents: Tensor) -> Tensor:
     return model.decode(latents, return_dict=False)[0]
 
 
+def _decode_one_by_one(model: Any, latents: Tensor) -> Tensor:
+    return torch.cat([_decode_whole(model, one) for one in latents.split(1)])
+
+
 def _decode_allegro(model: Any, latents: Tensor) -> Tensor:
     model.enable_tiling()
-    return torch.cat([_decode_whole(model, one) for one in latents.split(1)]).transpose(1, 2)
+    return _decode_one_by_one(model, latents).transpose(1, 2)
 
 
 def _decode_streamed(model: Any, latents: Tensor) -> Tensor:
@@ -161,6 +169,7 @@ class VideoKind:
     height, width)) → ValueError for sizes that it cannot decode.
     time_first: its pipeline holds [B, t, C, h, w]. packed: its pipeline holds [B, t·h·w, C].
     first_alone: the first latent frame is one frame, so that there are stride·(t − 1) + 1 of them; else stride·t.
+    even_whole: an even number of them has no such first one, so that there are stride·t (CogVideoX).
     padded_start: its pipeline may put one latent frame before the video, and drops it to decode (CogVideoX 1.5).
     image: it has no time, so that latents may also be one image [1, C, h, w]. tiles: False where it is always the same.
     """
@@ -177,6 +186,7 @@ class VideoKind:
     time_first: bool = False
     packed: bool = False
     first_alone: bool = True
+    even_whole: bool = False
     padded_start: bool = False
     image: bool = False
     tiles: bool = True
@@ -190,11 +200,15 @@ VIDEO_KINDS: dict[str, VideoKind] = {
         lambda config: 2 ** sum(config["temperal_downsample"]), per_std, itemgetter("z_dim"),
     ),
     "AutoencoderKLHunyuanVideo": VideoKind(_SPACE, _TIME, divided),
-    "AutoencoderKLHunyuanVideo15": VideoKind(_SPACE, _TIME, divided),
+    # The mask of its attention is wrong for two videos at once.
+    "AutoencoderKLHunyuanVideo15": VideoKind(
+        _SPACE, _TIME, divided, encode=_encode_one_by_one, decode=_decode_one_by_one
+    ),
     # invert_scale_latents concerns the image that conditions CogVideoX-1.5-I2V; the latents of its video are scaled
     # like those of the others.
     "AutoencoderKLCogVideoX": VideoKind(
-        _halvings("block_out_channels"), _TIME, reciprocal, time_first=True, padded_start=True
+        _halvings("block_out_channels"), _TIME, reciprocal, time_first=True,
+        even_whole=True, padded_start=True,
     ),
     "AutoencoderKLLTXVideo": VideoKind(
         _ltx_ratio("spatial_compression_ratio", "patch_size"), _ltx_ratio("temporal_compression_ratio", "patch_size_t"),

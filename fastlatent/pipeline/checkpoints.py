@@ -32,7 +32,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_first(path: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first, then the folder itself, which has the newest when training ended."""
+    """The checkpoint folders of a run, newest first, then the folder: it has what was newest when training ended."""
     return [*reversed(checkpoints(path)), path]
 
 

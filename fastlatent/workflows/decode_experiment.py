@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +27,8 @@ from fastlatent.encoders.video_autoencoders import (
     video_autoencoder_on_meta,
 )
 from fastlatent.encoders.video_protocol import VideoAutoencoder
-from fastlatent.media.videos import FORMATS, output_path
+from fastlatent.media.videos import FORMATS, output_path, rate
+from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.sources.experiment import Experiment, Step, open_experiment, select
 from fastlatent.workflows.decode_records import SUMMARY, Records, StepResult
 from fastlatent.workflows.decode_steps import StepDecoder, VideoSettings
@@ -35,6 +38,8 @@ from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
 FPS = 12  # where neither the flag nor the experiment says it
 OUTPUT = "latents_videos"
 _LISTED = 20  # steps that a dry run names
+_GRACE_SECONDS = 3.0  # for processes that have perhaps been told to stop
+_POLL_SECONDS = 0.1
 
 
 class ExperimentLatentDecoder:
@@ -126,9 +131,13 @@ class ExperimentLatentDecoder:
     def video_settings(self, fps: float | None = None) -> VideoSettings:
         """How videos are written: frames a second by argument, setting, experiment or FPS."""
         config = self.config
+        fps = config.fps if fps is None else fps
+        fps = self.experiment.fps() if fps is None else fps
+        fps = FPS if fps is None else fps
+        rate(fps)  # raises where it is out of range
         return VideoSettings(
             format="mp4" if config.format == "auto" else config.format,
-            fps=fps or config.fps or self.experiment.fps() or FPS,
+            fps=fps,
             crf=config.crf,
             scale=config.scale,
         )
@@ -165,50 +174,67 @@ class ExperimentLatentDecoder:
             print(self._plans[shape].text, flush=True)
         return self._plans[shape]
 
-    def first_shape(self, steps: list[Step]) -> torch.Size | None:
-        """[1, C, t, h, w] of the first of these that can be read."""
+    def plan_first(self, steps: list[Step]) -> None:
+        """Plan the first of these that can be read and decoded; nothing where none can be read.
+
+        Raises:
+            ValueError: some can be read, none decoded.
+        """
+        empty = self._empty  # what is wrong with it is no matter of a step
+        errors: dict[torch.Size, ValueError] = {}
         for step in steps:
             try:
-                return self._empty.arrange(read_step(step.path).values, self.experiment.size()).shape
+                shape = empty.arrange(read_step(step.path).values, self.experiment.size()).shape
             except (ValueError, OSError):
                 continue
-        return None
+            if shape not in errors:
+                try:
+                    self.plan(shape)
+                    return
+                except ValueError as error:
+                    errors[shape] = error
+        if errors:
+            raise next(iter(errors.values()))
 
     def _decode(
         self, steps: list[Step], output_dir: str | os.PathLike[str] | None, fps: float | None
     ) -> tuple[dict[Step, StepResult], dict[str, Any]]:
+        begun = time.time()
         output, videos = self.output(output_dir), self.video_settings(fps)
-        if (shape := self.first_shape(steps)) is not None:
-            self.plan(shape)  # before anything is loaded
-        vae = self._load()
-        settings = {
-            **asdict(videos),
-            "dtype": self.config.dtype,
-            "vae": vae.identity(),
-            "normalization": vae.normalization(),
-        }
-        records = Records(output, settings)
+        self.plan_first(steps)  # before anything is loaded
         try:
+            records = Records(output, begun)  # before the model: a folder that cannot be written to is found at once
+        except OSError as error:
+            where = error.filename or output
+            raise ValueError(f"{where}: {error.strerror}; choose another folder with --output-dir") from None
+        try:
+            records.sweep(self.experiment.steps)
+            vae = self._load()
+            records.depend_on(
+                {
+                    **asdict(videos),
+                    "dtype": self.config.dtype,
+                    "vae": vae.identity(),
+                    "normalization": vae.normalization(),
+                }
+            )
             keep_config(output / "decode.yaml", self.config)
             decoder = StepDecoder(
                 vae, self.device, videos, records, size=self.experiment.size(), plan=self.plan, told=self._tell
             )
-            results: dict[Step, StepResult] = {}
             try:
-                results = decoder.run(steps, force=self.config.force)
+                decoder.run(steps, force=self.config.force)
             finally:  # also of an interrupted run
-                skipped = sum(result.skipped for result in results.values())
+                skipped = sum(result.skipped for result in decoder.results.values())
                 about = {"model_id": self.config.vae or self.experiment.model_id()}
                 summary = records.write_summary(self.experiment.steps, skipped, about)
         finally:
             records.close()
-        return results, summary
+        return decoder.results, summary
 
     def _load(self) -> VideoAutoencoder:
         if self._vae is None:
-            fix_numerics()
-            # float32 means float32, unless TF32 was asked for: the latents' own convolutions differ by 1e-3 with it.
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.config.dtype == "tf32"
+            fix_numerics(tf32=self.config.dtype == "tf32")
             vae = load_video_autoencoder(self.vae_folder, self.device, self.dtype)
             if self.config.engine != "eager":
                 vae.use_engine(self.config.engine, engine_cache())
@@ -232,11 +258,13 @@ def decode_experiment(config: DecodeConfig) -> int:
         experiment = decoder.experiment
         filters = config.prompt_filter, config.video_filter, config.step_filter
         steps, warnings = select(experiment.steps, *filters)
-        videos = dict.fromkeys((step.prompt, step.video) for step in steps)
-        prompts = dict.fromkeys(prompt for prompt, _ in videos)
         for warning in (*warnings, *([experiment.problem] if experiment.problem else [])):
             print(f"warning: {warning}")
-        print(f"{len(steps)} of {len(experiment.steps)} steps: {len(prompts)} prompts, {len(videos)} videos")
+        print(f"{len(steps)} of {len(experiment.steps)} steps")
+        for what in ("prompt", "video", "name"):
+            names = dict.fromkeys(getattr(step, what) for step in steps)
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            print(f"  {what.replace('name', 'step')}s: {', '.join(list(names)[:_LISTED])}{more}")
         if config.dry_run:
             return _dry_run(decoder, steps)
         if config.gpus is not None:
@@ -257,8 +285,7 @@ def _dry_run(decoder: ExperimentLatentDecoder, steps: list[Step]) -> int:
     if len(steps) > _LISTED:
         print(f"and {len(steps) - _LISTED} more")
     print(f"autoencoder: {decoder.vae_folder}")
-    if (shape := decoder.first_shape(steps)) is not None:
-        decoder.plan(shape)
+    decoder.plan_first(steps)
     return 0
 
 
@@ -273,22 +300,33 @@ def _on_gpus(config: DecodeConfig) -> int:
 
 
 def run_together(configs: list[DecodeConfig]) -> int:
-    """`fastlatent decode` with each config in a process of its own; the worst of their exit codes."""
+    """`fastlatent decode` with each config in a process of its own. 130: one was interrupted; 1: one failed."""
     processes: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         try:
             for i, config in enumerate(configs):
                 file = Path(folder) / f"{i}.yaml"
                 file.write_text(to_yaml(config), encoding="utf-8")
                 processes.append(subprocess.Popen([sys.executable, "-m", "fastlatent", "decode", "--config", file]))
-            codes = [process.wait() for process in processes]
-        except BaseException:  # Ctrl-C on a terminal has told them too; whoever told only this process means all
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait()
+            while any(process.poll() is None for process in processes):
+                stop.check()
+                time.sleep(_POLL_SECONDS)
+        except BaseException:  # whoever told only this process to stop means all
+            try:  # Ctrl-C on a terminal has told them too, and a second signal would interrupt what they finish
+                end = time.monotonic() + _GRACE_SECONDS
+                while any(process.poll() is None for process in processes) and time.monotonic() < end:
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                for process in processes:
+                    process.terminate()
+                for process in processes:
+                    process.wait()
             raise
-    return max(map(abs, codes))
+    codes = [process.returncode for process in processes]
+    for config, code in zip(configs, codes, strict=True):
+        if code < 0:
+            print(f"the process on {config.device} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+    return 130 if 130 in codes else int(any(codes))
 
 
 def _refuse_image_settings(config: DecodeConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.protocol import Autoencoder
 from fastlatent.media.writers import SUFFIXES
 from fastlatent.pipeline.ahead import ahead
-from fastlatent.pipeline.checkpoints import checkpoints
+from fastlatent.pipeline.checkpoints import newest_first
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
 from fastlatent.sampling.graphs import batch_bucket
@@ -42,8 +43,7 @@ def decode_images(config: DecodeConfig) -> None:
     """
     format = _format(config)
     device = set_up(config.device, config.threads)
-    fix_numerics()
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.dtype == "tf32"
+    fix_numerics(tf32=config.dtype == "tf32")
     path = Path(config.latents)
     images = open_latents(path, config.limit)
     are = _latents_are(config, path, images)
@@ -55,7 +55,8 @@ def decode_images(config: DecodeConfig) -> None:
     print(f"{path}: {images.format}, {len(images.names)} images, latents {_shapes(images)}, {are}")
     if config.dry_run:
         return
-    output = Path(config.output_dir) if config.output_dir else path.with_name(f"{path.stem}-images")
+    name = os.path.basename(os.path.abspath(path)) if path.is_dir() else path.stem  # a folder's "run.v2" is all name
+    output = Path(config.output_dir or Path(os.path.abspath(path)).with_name(f"{name}-images"))
     files = ImageFiles(output, format=format, bit_depth=int(config.bit_depth))
     keep_config(output / "decode.yaml", config)
     decode = _decoder(config, vae, images, device)
@@ -111,6 +112,8 @@ def _format(config: DecodeConfig) -> str:
         if value != DecodeConfig.__dataclass_fields__[name].default:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: is for the videos of an experiment, and {config.latents} is none; leave it out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("images are decoded by one process, a launcher such as torchrun started several; leave it out")
     if config.dtype == "tf32" and config.engine != "eager":
         raise ValueError("--dtype tf32: engines are compared with float32; use --engine eager, or --dtype bfloat16")
     return "png" if config.format == "auto" else config.format
@@ -140,9 +143,10 @@ def _scaling(path: Path, vae: Autoencoder) -> tuple[Tensor, Tensor]:
     """(mean, std), float64 [C] or []: raw = scaled·std + mean, as the autoencoder's config has it.
 
     Raises:
-        ValueError: it has no factors of its own; those that diffusers would fill in belong to other autoencoders.
+        ValueError: it has no factors of its own (those that diffusers would fill in belong to other autoencoders), or
+            they do not fit.
     """
-    folder = next((f for f in (*reversed(checkpoints(path)), path) if (f / "config.json").is_file()), None)
+    folder = next((f for f in newest_first(path) if (f / "config.json").is_file()), None)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
     factor, mean, std = (config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std"))
     if (factor is None and std is None) or config.get("_class_name") == "AutoencoderRAE":  # which scales by itself
@@ -150,9 +154,19 @@ def _scaling(path: Path, vae: Autoencoder) -> tuple[Tensor, Tensor]:
             f"--latents-are scaled: --vae {path} names no scaling_factor and no latents_std in a config.json; name the "
             "autoencoder's diffusers folder, or undo the scaling and say --latents-are raw"
         )
-    shift = config.get("shift_factor") or 0.0
-    scale = torch.tensor(std or 1.0, dtype=torch.float64) / (factor or 1.0)
-    return torch.tensor(mean or shift, dtype=torch.float64), scale
+    try:
+        shift = torch.tensor(mean or config.get("shift_factor") or 0.0, dtype=torch.float64)
+        scale = torch.tensor(std or 1.0, dtype=torch.float64) / (factor or 1.0)
+        fit = all(tuple(one.shape) in ((), (vae.latent_channels,)) for one in (shift, scale))
+    except (TypeError, ValueError):
+        fit = False
+    if not fit:
+        raise ValueError(
+            f"--latents-are scaled: {folder}/config.json: expected a number or {vae.latent_channels} numbers as "
+            f"scaling_factor, shift_factor, latents_mean and latents_std, got {(factor, config.get('shift_factor'))}, "
+            f"{mean} and {std}"
+        )
+    return shift, scale
 
 
 def _unscaled(latents: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,14 @@ from fastlatent.store.lease import Leases, exclusive
 SUMMARY = "decode_summary.json"
 RECORDS = ".records"  # a hidden folder of the output: a JSON file for each step, and who is at work
 _STEPS = "steps"
+# Files that are not finished: of videos, and by their names of a record, the summary and the settings.
+_UNFINISHED = re.compile(r"\.tmp-(([0-9a-f]{32}\.json|decode_summary\.json|decode\.yaml)-)?[0-9a-f]{32}")
+# Of a record: its members, and what each may be. Another version's, or a damaged one, is no record.
+_MEMBERS: dict[str, Any] = {
+    "time": float, "latents": (str, type(None)), "settings": dict, "digest": (str, type(None)),
+    "output": (str, type(None)), "success": bool, "error_message": (str, type(None)), "decode_time": float,
+    "metadata": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +60,34 @@ class Records:
 
     Args:
         output: the folder of the videos.
-        settings: what the videos depend on besides the latents; another one makes every record worthless.
+        begun: when this run began (time.time()); what others record later is as good as its own.
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, begun: float) -> None:
         self.output = output
-        self._settings = json.loads(json.dumps(settings))
-        self._begun = time.time()
+        self._settings: dict[str, Any] = {}
+        self._begun = begun
         self._folder = output / RECORDS
         self.leases = Leases(self._folder)
+
+    def depend_on(self, settings: Mapping[str, Any]) -> None:
+        """What the videos depend on besides the latents; another one makes every record worthless."""
+        self._settings = json.loads(json.dumps(settings))
+
+    def sweep(self, steps: Iterable[Step]) -> None:
+        """Remove what killed processes left unfinished, unless another is at work here; before anything is written."""
+        # Whoever comes while this one sweeps waits here, and finds it at work.
+        with exclusive(self._folder / "sweep.lock"):
+            if self.leases.others(0):
+                return
+            self.leases.sweep()
+            for folder in {self.output, self._folder / _STEPS, *(self.output / step.folder for step in steps)}:
+                with suppress(OSError):
+                    for path in [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name)]:
+                        if path.is_dir() and not path.is_symlink():
+                            shutil.rmtree(path, ignore_errors=True)
+                        else:
+                            path.unlink()
 
     def close(self) -> None:
         self.leases.close()
@@ -67,21 +97,25 @@ class Records:
         """The name of a step's lease."""
         return xxhash.xxh3_128_hexdigest(f"{step.folder}/{step.name}".encode("utf-8", "surrogateescape"))
 
-    def finished(self, step: Step, latents: str | None) -> StepResult | None:
+    def finished(self, step: Step, latents: str | None, *, force: bool = False) -> StepResult | None:
         """The result of an earlier run, or of another process, which need not be done again; else None.
 
         latents: digest of the step's file; None if it cannot be read, which another process may have found out too.
+        force: only of a process beside this one.
         """
         record = _read(self._path(step))
         if record is None or record["latents"] != latents or record["settings"] != self._settings:
             return None
         result = _result(record, self.output)
-        if not result.success:  # of an earlier run: perhaps it works now; of a process beside this one: it is known
-            return result if record["time"] >= self._begun else None
+        if (force or not result.success) and record["time"] < self._begun:  # what failed then may work now
+            return None
+        if not result.success:
+            return result
         assert result.output_path is not None
-        # Trusted by content: an mp4 that was cut, edited or replaced is made again.
-        digest = output_digest(result.output_path) if result.output_path.exists() else None
-        return result if digest == record["digest"] else None
+        try:  # trusted by content: an mp4 that was cut, edited or replaced is made again
+            return result if output_digest(result.output_path) == record["digest"] else None
+        except OSError:
+            return None
 
     def write(self, step: Step, latents: str | None, result: StepResult) -> None:
         """Keep what became of a step. The video must be at its place already."""
@@ -146,17 +180,19 @@ class Records:
         }
 
     def _path(self, step: Step) -> Path:
-        return self._folder / _STEPS / step.folder / f"{step.name}.json"
+        return self._folder / _STEPS / f"{self.lease(step)}.json"  # a name with .json may be too long for a file
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """A record; None where there is none, or it is damaged: its step is decoded again."""
-    fields = {"time", "latents", "settings", "digest", "output", "success", "error_message", "decode_time", "metadata"}
     try:
         record = parse_json(path.read_bytes(), str(path))
     except (FileNotFoundError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.keys() == fields else None
+    if not isinstance(record, dict) or record.keys() != _MEMBERS.keys():
+        return None
+    sound = all(isinstance(record[name], kind) for name, kind in _MEMBERS.items())
+    return record if sound and record["success"] == isinstance(record["output"], str) else None
 
 
 def _result(record: Mapping[str, Any], output: Path) -> StepResult:

@@ -83,25 +83,25 @@ class StepDecoder:
         self._size, self._plan, self._told = size, plan, told
         self._meter = Meter({"read": READ_AHEAD, "decode": 1, "write": 1})
         self._remaining: deque[Step] = deque()
+        self.results: dict[Step, StepResult] = {}
 
-    def run(self, steps: Sequence[Step], *, force: bool) -> dict[Step, StepResult]:
-        """Decode `steps`; returns when all are done, by whomever.
+    def run(self, steps: Sequence[Step], *, force: bool) -> None:
+        """Decode `steps`, which puts them into `results`; returns when all are done, by whomever.
 
         Args:
-            force: also what is done already.
+            force: also what was done before this run began.
 
         Raises:
             KeyboardInterrupt: a stop was asked for. What is finished stays; no half file does.
         """
         self._remaining.extend(steps)
-        results: dict[Step, StepResult] = {}
         writing: deque[tuple[Step, _Read, Future[StepResult | None]]] = deque()
 
         def finish(step: Step, read: _Read, result: StepResult) -> None:
             if not read.known:
                 self._records.write(step, read.digest, result)
             self._records.leases.release(self._records.lease(step))
-            results[step] = result
+            self.results[step] = result
             self._told(step, result)
             progress.advance()
 
@@ -137,7 +137,6 @@ class StepDecoder:
             except KeyboardInterrupt:
                 settle(0)
                 raise
-        return results
 
     def _pull(self) -> Step | None:
         """The next step that nobody else has."""
@@ -158,7 +157,7 @@ class StepDecoder:
                 about |= {"notes": list(latents.notes), "latent": statistics(values)}
             except (ValueError, OSError) as error:
                 failure = _failure(error, about, 0.0)
-            known = None if force else self._records.finished(step, digest)
+            known = self._records.finished(step, digest, force=force)
             return _Read(digest, about, values, known or failure, known=known is not None)
 
     def _decode(

@@ -24,7 +24,8 @@ from fastlatent.workflows.runtime import available_cores
 
 # A sheet of more images is too large to look at.
 SHEET_IMAGES = 400
-NPZ = "samples.npz"
+SHEET_SIDE = 256  # pixels of an image in it: 400 images of 1024² would be a picture of 1.3 GB
+NPZ, SHEET = "samples.npz", "sheet.png"
 # A PNG of 256² takes 10 ms to compress, a GPU a quarter of that to decode its latent.
 WRITERS = 16
 _NUMBERED = re.compile(rf"\d{{6,}}({'|'.join(map(re.escape, SUFFIXES.values()))})")
@@ -40,7 +41,7 @@ class ImageFiles:
         bit_depth: of PNG files, 8 or 16.
 
     Raises:
-        ValueError: the folder has images that are not of an earlier run, or the format has no 16 bits.
+        ValueError: the folder has such files that are not of an earlier run, or the format has no 16 bits.
         MissingPackage: TIFF without tifffile.
     """
 
@@ -51,10 +52,10 @@ class ImageFiles:
             import_tifffile()
         self.output, self.format, self.bit_depth = output, format, bit_depth
         self.folder, self.listing = output / "images", output / "images.jsonl"
-        if self.folder.exists() and not self.listing.exists():
-            raise ValueError(
-                f"{self.folder} is not of an earlier run (no {self.listing.name} beside it); write to another folder"
-            )
+        # Looked for first: a process beside this one makes the list before all else.
+        there = [path for path in (self.listing, self.folder, output / NPZ, output / SHEET) if path.exists()]
+        if there and not _is_ours(self.listing):
+            raise ValueError(f"{there[0]} is not of an earlier run of sample or decode; write to another folder")
         output.mkdir(parents=True, exist_ok=True)
         if not self.listing.exists():
             write_atomic(self.listing, b"")  # from here on the images are ours, also after an interruption
@@ -92,10 +93,11 @@ class ImageFiles:
         for file in os.scandir(self.folder):  # of a longer list, of another format, of a run that was killed
             if file.name.startswith(TEMPORARY) or (_NUMBERED.fullmatch(file.name) and file.name not in named):
                 os.unlink(file)
-        (self.output / NPZ).unlink(missing_ok=True)
+        for path in (self.output / NPZ, *self.output.glob(f"{TEMPORARY}{NPZ}-*")):
+            path.unlink(missing_ok=True)
         if npz:
             self._write_npz(len(names), labels)
-        save_sheet(self.output / "sheet.png", _cells(self._read(min(len(names), SHEET_IMAGES))), columns=columns)
+        save_sheet(self.output / SHEET, _cells(self._read(min(len(names), SHEET_IMAGES))), columns=columns)
 
     def _write_npz(self, count: int, labels: Tensor | None) -> None:
         def write(fd: int) -> str:
@@ -121,9 +123,28 @@ class ImageFiles:
             yield values if values.ndim == 3 else values[:, :, None]
 
 
+def _is_ours(listing: Path) -> bool:
+    """Whether this is a list of ours: there are folders of images with others of that name."""
+    try:
+        with open(listing, encoding="utf-8") as file:
+            line = file.readline()
+        return not line or json.loads(line).keys() == {"file", "name"}
+    except (FileNotFoundError, AttributeError, ValueError):
+        return False
+
+
+def _shrunk(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, C] by the whole factor that makes both sides at most SHEET_SIDE."""
+    factor = -(-max(image.shape) // SHEET_SIDE)
+    if factor == 1:
+        return image
+    small = np.asarray(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).reduce(factor))
+    return small.reshape(*small.shape[:2], -1)
+
+
 def _cells(images: Iterator[np.ndarray]) -> np.ndarray:
     """uint8 [N, H, W, C]: the images, smaller ones in the middle of a cell of the largest height and width."""
-    cells = list(images)
+    cells = [_shrunk(image) for image in images]
     height, width = (max(cell.shape[axis] for cell in cells) for axis in (0, 1))
 
     def padding(size: int, whole: int) -> tuple[int, int]:

@@ -37,7 +37,7 @@ _ARRAYS: list[Any] = [
 
 @dataclass(frozen=True)
 class LatentArray:
-    """An array of one file. shape: [C, h, w] or [N, C, h, w]. rows: those from begin to end, as stored, [n, C, h, w].
+    """An array of one file. shape: [C, h, w] or [N, C, h, w]. rows: those from begin to end, float32 [n, C, h, w].
 
     is_moments: C are the channels of mean‖logvar.
     """
@@ -58,7 +58,7 @@ class LatentArray:
 
     def latents(self, begin: int, end: int) -> Tensor:
         """float32 [end − begin, C, h, w] of latents (means of moments) on the CPU."""
-        return self.rows(begin, end).detach().float()[:, : self.latent_shape[0]]
+        return self.rows(begin, end)[:, : self.latent_shape[0]]
 
 
 class LatentArrays:
@@ -96,7 +96,7 @@ Found = tuple[tuple[int, ...], bool, Rows]  # shape, whether moments, what reads
 
 
 def _checked(path: Path, shape: tuple[int, ...], is_moments: bool, rows: Rows) -> LatentArray:
-    if len(shape) not in (3, 4) or 0 in shape:
+    if len(shape) not in (3, 4) or min(shape) < 1:  # a header may also claim negative sizes, of which two cancel
         raise ValueError(f"expected latents of images [C, h, w] or [N, C, h, w], got {list(shape)}")
     if is_moments and shape[-3] % 2:
         raise ValueError(f"expected moments (mean‖logvar) of an even number of channels, got {list(shape)}")
@@ -105,7 +105,7 @@ def _checked(path: Path, shape: tuple[int, ...], is_moments: bool, rows: Rows) -
 
     def read(begin: int, end: int) -> Tensor:
         try:
-            return rows(begin, end)
+            return rows(begin, end).detach().float()
         except Exception as error:
             raise _unreadable(path, error) from None
 
@@ -171,9 +171,14 @@ def _hint(dtype: np.dtype[Any]) -> str:
 
 
 def _pt(path: Path, stack: ExitStack) -> list[Found]:
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:  # torch would inflate 1 GB of a record that takes 1 MB
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("expected a file of torch.save, got an archive with compressed records")
     try:
         with torch.serialization.safe_globals(_ARRAYS):
-            loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+            loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL (\S+)", str(error))
         if needed is None:
@@ -191,8 +196,10 @@ def _pt(path: Path, stack: ExitStack) -> list[Found]:
     things = loaded if isinstance(loaded, list | tuple) else [loaded]
     tensors = [torch.from_numpy(thing) if isinstance(thing, np.ndarray) else thing for thing in things]
     for tensor in tensors:
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        sound = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
+        if not sound or tensor.is_meta:
             kind = f"{tensor.dtype} {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            kind += " without values (meta)" if isinstance(tensor, Tensor) and tensor.is_meta else ""
             raise ValueError(f"expected tensors of floats (alone, in a list, or in a dict), got {kind}")
     claimed, size = sum(tensor.numel() * tensor.element_size() for tensor in tensors), path.stat().st_size
     if not tensors or claimed > size:

@@ -89,8 +89,13 @@ def read_latent_file(path: Path) -> LatentFile:
         raise ValueError(f"{path}: its latents hold NaN or infinity; sample again")
     try:
         read = LatentFile(**tensors, **json.loads(metadata[FORMAT]))
-    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance((read.vae or {}).get("path"), str | None):
+            raise ValueError("vae: expected a path")
+        dataclasses.replace(read, latents=latents[:1]).raw()  # do the factors fit?
+        classes = len(read.classes)
+        if classes and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ValueError(f"expected labels from 0 to {classes - 1} (its classes), got others")
+        read.names()
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: its provenance is damaged: {error!r}; sample again") from None
-    if read.classes and not 0 <= int(labels.min()) <= int(labels.max()) < len(read.classes):
-        raise ValueError(f"{path}: expected labels from 0 to {len(read.classes) - 1} (its classes), got others")
     return read

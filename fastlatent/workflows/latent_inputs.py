@@ -117,15 +117,17 @@ def _of_dataset(dataset: LatentDataset, limit: int) -> LatentImages:
     def read(numbers: np.ndarray) -> Tensor:
         wanted = rows[numbers]
         first = np.unique(wanted)
-        means = dataset_means(dataset, first)
-        if means.ndim == 4:
-            return means
-        return means[np.searchsorted(first, wanted), :, numbers - starts[wanted]]
+        means: dict[int, Tensor] = {}  # of whole rows
+        for number in np.unique(store.bucket[first]):
+            some = first[store.bucket[first] == number]
+            means |= zip(some.tolist(), dataset_means(dataset, some), strict=True)
+        places = zip(wanted.tolist(), (numbers - starts[wanted]).tolist(), strict=True)
+        return torch.stack([means[row] if means[row].ndim == 3 else means[row][:, frame] for row, frame in places])
 
-    groups = {
-        (bucket.channels, *bucket.shape[-2:]): np.flatnonzero(store.bucket[rows] == number)
-        for number, bucket in used.items()
-    }
+    shapes: dict[Shape, list[int]] = {}  # of several buckets where only the number of frames differs
+    for number, bucket in used.items():
+        shapes.setdefault((bucket.channels, *bucket.shape[-2:]), []).append(number)
+    groups = {shape: np.flatnonzero(np.isin(store.bucket[rows], numbers)) for shape, numbers in shapes.items()}
     kind = f"a dataset of {store.payload}"
     return LatentImages(kind, RAW, dataset.autoencoder, names, {k: v for k, v in groups.items() if len(v)}, read)
 
@@ -143,7 +145,9 @@ def _of_sampler(path: Path, limit: int) -> LatentImages:
 
 
 def _is_shard(path: Path) -> bool:
-    """Whether a .safetensors file is one of LightningDiT's."""
+    """Whether a .safetensors file is one of LightningDiT's, by its name or by what it holds."""
+    if _SHARD.fullmatch(path.name):
+        return True
     try:
         with safe_open(path, "pt") as file:
             return {"latents", "latents_flip"} <= set(file.keys())
@@ -158,7 +162,11 @@ def _latent_files(folder: Path) -> list[str]:
         ValueError: there are several kinds.
     """
     found = []
-    for parent, folders, files in os.walk(folder):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.relpath(os.path.join(parent, name), folder) for name in files if not name.startswith(".")]
     shards = [file for file in found if _SHARD.fullmatch(os.path.basename(file))]

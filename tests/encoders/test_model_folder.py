@@ -86,7 +86,7 @@ def test_what_is_nowhere_says_where_it_was_looked_for(tmp_path):
     (tmp_path / "here" / "file").write_text("")
     with pytest.raises(ValueError, match="here/file: is a file"):
         find_vae("file", near=tmp_path)
-    for name in ("a/b/c", "../up", "with space", "/absolute"):
+    for name in ("a/b/c", "../up", "with space", "/absolute", "~nosuchuser/model"):
         with pytest.raises(ValueError, match="is no hub id"):
             find_vae(name, near=tmp_path)
     with pytest.raises(ValueError, match="got an empty one"):

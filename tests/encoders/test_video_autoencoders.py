@@ -182,6 +182,13 @@ def test_published_sizes_from_config_json_alone(name, config, numbers, lengths, 
         assert vae.normalization()["mean"] == pytest.approx(WAN_MEAN)
 
 
+def test_half_precision_on_meta_warns_of_nothing(tiny, monkeypatch):
+    said = []
+    monkeypatch.setattr(diffusers.models.modeling_utils.logger, "warning", said.append)
+    vae = video_autoencoder_on_meta(tiny("AutoencoderKLWan")[0], torch.bfloat16)
+    assert not said and {one.dtype for one in vae.model.parameters()} == {torch.bfloat16}
+
+
 def test_decode_on_meta_has_the_shape_of_the_real_one(tiny):
     for name in ("AutoencoderKLWan", "LTX-0.9.1", "AutoencoderKLTemporalDecoder"):
         folder, vae = tiny(name)
@@ -196,6 +203,24 @@ def test_strides_and_lengths(name, config, numbers, lengths, tiny):
     vae = tiny("Wan2.2" if config.get("z_dim") == 48 else name)[1]
     assert (vae.time_stride, vae.downsample) == numbers[1:]
     assert vae.frames(lengths[0]) == lengths[1] and vae.latent_frames(lengths[1]) == lengths[0]
+
+
+def test_an_even_number_of_cogvideox_is_all_of_8_frames(tiny):
+    vae = tiny("AutoencoderKLCogVideoX")[1]
+    assert [vae.frames(t) for t in (1, 2, 3, 4, 12, 13)] == [1, 8, 9, 16, 48, 49]
+    assert [vae.latent_frames(n) for n in (1, 8, 9, 16, 48, 49)] == [1, 2, 3, 4, 12, 13]
+    with pytest.raises(ValueError, match="videos of 8·k or 8·k . 1 frames, 8 or 9, got 5"):  # it would give 8 back
+        vae.latent_frames(5)
+    raw = vae.encode(torch.zeros(1, 3, 8, 8, 8))[:, :4]
+    assert raw.shape[2] == 2 and vae.decode(raw).shape[2] == 8
+
+
+def test_two_videos_at_once(tiny):
+    """diffusers gives the attention of HunyuanVideo 1.5 a mask that is wrong for two."""
+    vae = tiny("AutoencoderKLHunyuanVideo15")[1]
+    raw = torch.cat([raw_of("AutoencoderKLHunyuanVideo15", vae, 1, seed) for seed in (0, 1)])
+    assert torch.equal(vae.decode(raw), torch.cat([vae.decode(raw[:1]), vae.decode(raw[1:])]))
+    assert vae.encode(torch.zeros(2, 3, 5, 32, 32)).shape == (2, 8, 2, 2, 2)
 
 
 def numbered(*shape):
@@ -354,6 +379,7 @@ IMAGES = [
     ("AutoencoderKL", KL | {"scaling_factor": 0.25, "shift_factor": 0.5}, lambda z: z / 0.25 + 0.5),
     ("AutoencoderKL", KL | {"scaling_factor": 0.5, "latents_mean": [1.0, 2.0], "latents_std": [3.0, 4.0]},
      lambda z: z * torch.tensor([3.0, 4.0]).view(1, 2, 1, 1, 1) / 0.5 + torch.tensor([1.0, 2.0]).view(1, 2, 1, 1, 1)),
+    ("AutoencoderKL", KL | {"scaling_factor": 0.18215}, lambda z: 1 / 0.18215 * z),  # AnimateDiff; not z / 0.18215
     ("AutoencoderTiny", TAESD, lambda z: z),
 ]  # fmt: skip
 
@@ -382,8 +408,11 @@ def test_image_autoencoders_decode_frame_by_frame(name, config, raw_from, tmp_pa
     pixels = torch.rand(1, 3, 3, 2 * side, 3 * side) * 2 - 1
     assert vae.encode(pixels).shape == (1, 4 if vae.has_posterior else 2, 3, 2, 3)
     assert vae.tiles
-    tiled = torch.cat(list(vae.stream(raw, tiles=True)), 1)
-    assert tiled.shape == want[0].shape and not vae.model.use_tiling
+    tiled = []
+    for chunk in vae.stream(raw, tiles=True):
+        assert not vae.model.use_tiling  # between two chunks, the model may be used for something else
+        tiled.append(chunk)
+    assert torch.cat(tiled, 1).shape == want[0].shape
     meta = video_autoencoder_on_meta(tmp_path, torch.float32)
     assert next(meta.stream(raw.to("meta"))).shape == (3, 1, 5 * side, 4 * side)
 

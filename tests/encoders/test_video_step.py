@@ -22,6 +22,9 @@ def test_used_from_the_third_latent_frame(folder, tmp_path, monkeypatch):
     calls = []
 
     def compile(module, **options):
+        # Dynamo gives up at its 8th compilation of the same code, and each size of videos is one.
+        assert torch._dynamo.config.recompile_limit > 1000
+        assert torch._dynamo.config.accumulated_recompile_limit > 1000
         return lambda *inputs: (calls.append(inputs[0].shape), module(*inputs))[1]
 
     monkeypatch.setattr(torch, "compile", compile)
@@ -53,6 +56,24 @@ def test_a_compiler_that_computes_something_else(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **options: lambda *inputs: [][1])
     with pytest.raises(ValueError, match="--engine compile: compiling the step failed: list index"):
         joined(vae, torch.randn(1, 4, 3, 3, 4))
+
+
+def test_a_package_is_of_one_precision(folder, tmp_path, monkeypatch):
+    """TF32 is a switch of the process and no property of the inputs."""
+    keys = []
+
+    def no_file(folder, key, suffix, build):
+        keys.append(dict(key))
+        raise OSError("not now")
+
+    monkeypatch.setattr("fastlatent.encoders.engines.compiled.cached_file", no_file)
+    vae = load_video_autoencoder(folder, "cpu", torch.float32)
+    vae.use_engine("aoti", tmp_path)
+    for precision in ("highest", "high"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        with pytest.raises(OSError, match="not now"):
+            joined(vae, torch.randn(1, 4, 3, 1, 1))
+    assert keys[0].pop("float32") != keys[1].pop("float32") and keys[0] == keys[1]
 
 
 def test_other_classes_have_none(tmp_path):

@@ -246,9 +246,9 @@ SOAK = pytest.mark.soak
     ("name", "short", "long", "tiles"),
     [
         ("AutoencoderKLWan", 3, 5, False),
-        ("AutoencoderKLCogVideoX", 5, 7, False),
-        ("AutoencoderKLHunyuanVideo", 8, 11, False),
         ("AutoencoderKLMochi", 2, 4, True),
+        pytest.param("AutoencoderKLCogVideoX", 5, 7, False, marks=SOAK),
+        pytest.param("AutoencoderKLHunyuanVideo", 8, 11, False, marks=SOAK),
         pytest.param("AutoencoderKLWan", 16, 61, False, marks=SOAK),
         pytest.param("Wan2.2", 16, 61, False, marks=SOAK),
         pytest.param("AutoencoderKLCogVideoX", 13, 61, False, marks=SOAK),

@@ -62,6 +62,7 @@ def run(job: dict) -> list[int | None]:
 
 
 def main() -> None:
+    import fastlatent.workflows.decode_experiment
     import fastlatent.workflows.encode
     import fastlatent.workflows.train_ar  # noqa: F401  # torch and diffusers, before the forks
 

@@ -1,14 +1,14 @@
 """`fastlatent decode` of an experiment folder: the commands and calls that its users have, damage, interruptions."""
 
+import glob
 import gzip
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -19,6 +19,7 @@ from tiny_video_models import make_vae
 from toy_experiment import make_experiment, write_latent
 
 from fastlatent.cli import main
+from fastlatent.config import DecodeConfig, build, read_yaml
 from fastlatent.encoders.video_autoencoders import load_video_autoencoder
 from fastlatent.media import videos
 from fastlatent.workflows import decode_steps
@@ -132,7 +133,7 @@ def test_frames_a_second(tmp_path, model, fps, flag, expected):
 
 
 def test_python(experiment):
-    with ExperimentLatentDecoder(experiment, device="cpu") as decoder:
+    with ExperimentLatentDecoder(experiment, device="cpu", threads=1) as decoder:
         results = decoder.decode_video_directory(
             video_dir=experiment / "latents" / "prompt_000" / "vid_001", step_filter="step_000,step_019"
         )
@@ -180,13 +181,15 @@ def test_formats(experiment, form):
     assert videos.video_info(path)[:3] == (5, 32, 24)
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".pt", ".pt.gz", ".safetensors"])
-def test_every_stored_format_is_the_same_video(experiment, tmp_path, model, suffix):
-    other = make_experiment(tmp_path / "other", model_id=str(model), steps=(0, 10, 19), shape=SHAPE, suffix=suffix)
-    flags = ["--prompt-filter", "first", "--video-filter", "first", "--step-filter", "first"]
-    assert decode(experiment, *flags) == decode(other, *flags) == 0
-    one, two = (root / "latents_videos" / ALL[0] for root in (experiment, other))
-    assert one.read_bytes() == two.read_bytes()
+def test_every_stored_format_is_the_same_video(tmp_path, model):
+    made = set()
+    for suffix in (".npy.gz", ".npy", ".pt", ".pt.gz", ".safetensors"):
+        root = make_experiment(
+            tmp_path / suffix, model_id=str(model), prompts=["p"], videos=["v"], steps=[0], shape=SHAPE, suffix=suffix
+        )
+        assert decode(root) == 0
+        made.add((root / "latents_videos/p/v/step_000.mp4").read_bytes())
+    assert len(made) == 1
 
 
 # --- done before ---
@@ -226,7 +229,7 @@ def test_two_at_once_do_nothing_twice(experiment, monkeypatch):
     summaries: list[dict] = []
 
     def run():
-        with ExperimentLatentDecoder(experiment, device="cpu") as decoder:
+        with ExperimentLatentDecoder(experiment, device="cpu", threads=1) as decoder:
             summaries.append(decoder.decode_experiment())
 
     threads = [threading.Thread(target=run) for _ in range(2)]
@@ -238,32 +241,31 @@ def test_two_at_once_do_nothing_twice(experiment, monkeypatch):
     assert [one["successful_steps"] for one in summaries] == [12, 12]
 
 
+SLOW = (
+    "import time\n"
+    "from fastlatent.workflows import decode_steps\n"
+    "original = decode_steps.to_frames\n"
+    "decode_steps.to_frames = lambda pixels: (time.sleep(0.05), original(pixels))[1]\n"
+)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_runs_resume(experiment, number):
-    code = (
-        "import sys, time\n"
-        "from fastlatent.cli import main\n"
-        "from fastlatent.workflows import decode_steps\n"
-        "original = decode_steps.to_frames\n"
-        "decode_steps.to_frames = lambda pixels: (time.sleep(0.05), original(pixels))[1]\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    line = [sys.executable, "-c", code, "decode", str(experiment), "--device", "cpu", "--threads", "1"]
+def test_interrupted_runs_resume(experiment, number, forked, tmp_path):
     output = experiment / "latents_videos"
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while len(names(output)) < 2 and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(number)
-        _, err = process.communicate()
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    argv = ["decode", str(experiment), "--device", "cpu", "--threads", "1"]
+    first_video = [f"{glob.escape(str(output))}/*/*/step_*.mp4", 0]
+    [[code]] = forked({"argv": argv, "first": SLOW, "kill_after": [first_video], "signal": number})
+    assert code == (130 if number == signal.SIGINT else -number)
     before = names(output)
-    assert 2 <= len(before) < 12
+    assert 1 <= len(before) < 12
     if number == signal.SIGINT:
-        assert "rerun the same command to go on" in err
-        assert not list(output.rglob(".tmp-*.mp4")) and summary(output)["total_steps"] == len(before)
+        assert "rerun the same command to go on" in (tmp_path / "log-0-0.txt").read_text()
+        assert not list(output.rglob(".tmp-*")) and summary(output)["total_steps"] == len(before)
     times = {name: (output / name).stat().st_mtime_ns for name in before}
     assert decode(experiment) == 0
     assert names(output) == ALL and summary(output)["successful_steps"] == 12
+    # What a killed process left is swept by the next one.
+    assert not list(output.rglob(".tmp-*")) and not list((output / ".records/lease").iterdir())
     again = [name for name in before if (output / name).stat().st_mtime_ns != times[name]]
     # A video that was complete but not yet recorded is made again: at most the one that was being finished.
     assert len(again) <= (0 if number == signal.SIGINT else 1)
@@ -271,13 +273,26 @@ def test_interrupted_runs_resume(experiment, number):
         assert frames(output / name).shape == (5, 24, 32, 3)
 
 
-def test_processes_together(experiment):
-    """What --gpus starts, on the CPU: each takes a part, and the worst exit code is told."""
+def test_processes_together(experiment, forked):
+    """Two processes, as --gpus starts them: each takes a part, and says what it failed at."""
     (experiment / "latents/prompt_000/vid_000/step_000.npy.gz").write_bytes(b"")
-    with ExperimentLatentDecoder(experiment, device="cpu", threads=1) as decoder:
-        assert run_together([decoder.config] * 2) == 1
+    argv = ["decode", str(experiment), "--device", "cpu", "--threads", "1"]
+    [codes] = forked({"argv": argv, "first": SLOW, "count": 2})
+    assert set(codes) <= {0, 1} and 1 in codes
     assert names(experiment / "latents_videos") == ALL[1:]
     assert summary(experiment / "latents_videos")["failed_steps"] == 1
+
+
+def test_processes_are_told_their_config(experiment, tmp_path, monkeypatch):
+    """With a program instead of Python that keeps the file."""
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\n[ "$1 $2 $3 $4" = "-m fastlatent decode --config" ] && cp "$5" "{tmp_path}"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    config = build(DecodeConfig, {}, {"latents": str(experiment), "step_filter": "every:2"})
+    configs = [replace(config, device=f"cuda:{i}") for i in range(2)]
+    assert run_together(configs) == 0
+    assert [build(DecodeConfig, read_yaml(tmp_path / f"{i}.yaml"), {}) for i in range(2)] == configs
 
 
 # --- bad input ---
@@ -297,45 +312,46 @@ def only_failure(experiment, capsys) -> str:
     return result["error"]
 
 
-def _replace_first(experiment, values=None, data=None, name="step_000.npy.gz"):
-    path = experiment / "latents/prompt_000/vid_000" / name
-    if data is None:
-        write_latent(path, values)
-    else:
-        path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (np.zeros((1, 5, 2, 3, 4), np.float16), r"C = 4,.*\[1, 5, 2, 3, 4\]"),
-        (np.zeros((4, 4), np.float16), r"\[4, 4\]"),
-        (np.zeros(SHAPE, np.uint16), "bfloat16"),
-        (np.zeros(SHAPE, np.int64), "<i8"),
-        (np.zeros((0, 4, 2, 3, 4), np.float16), "0"),
-    ],
-)
-def test_latents_that_do_not_fit(experiment, capsys, values, message):
-    _replace_first(experiment, values)
-    assert re.search(message, only_failure(experiment, capsys))
-
-
-def test_truncated_latents(experiment, capsys):
-    path = experiment / "latents/prompt_000/vid_000/step_000.npy.gz"
+def _cut(path):
     path.write_bytes(path.read_bytes()[:-20])
-    assert str(path) in only_failure(experiment, capsys)
 
 
-def test_pickled_latents(experiment, capsys, tmp_path):
-    with gzip.open(experiment / "latents/prompt_000/vid_000/step_000.npy.gz", "wb") as file:
+def _pickled(path):
+    with gzip.open(path, "wb") as file:
         np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    assert "pickle" in only_failure(experiment, capsys)
+
+
+DAMAGED = [
+    (lambda path: write_latent(path, np.zeros((1, 5, 2, 3, 4), np.float16)), r"C = 4,.*\[1, 5, 2, 3, 4\]"),
+    (lambda path: write_latent(path, np.zeros((4, 4), np.float16)), r"\[4, 4\]"),
+    (lambda path: write_latent(path, np.zeros(SHAPE, np.uint16)), "bfloat16"),
+    (lambda path: write_latent(path, np.zeros(SHAPE, np.int64)), "<i8"),
+    (lambda path: write_latent(path, np.zeros((0, 4, 2, 3, 4), np.float16)), r"got the shape \(0, 4"),
+    (_cut, "truncated"),
+    (_pickled, "pickle"),
+]
+
+
+def test_latents_that_cannot_be_decoded(experiment, capsys):
+    """Each fails with its own message; all others are decoded."""
+    for name, (damage, _) in zip(ALL, DAMAGED, strict=False):
+        damage(experiment / "latents" / name.replace(".mp4", ".npy.gz"))
+    assert decode(experiment) == 1
+    output, printed = experiment / "latents_videos", capsys.readouterr().out
+    assert names(output) == ALL[len(DAMAGED) :]
+    assert summary(output)["failed_steps"] == len(DAMAGED)
+    for name, (_, message) in zip(ALL, DAMAGED, strict=False):
+        folder, _, step = name.removesuffix(".mp4").rpartition("/")
+        result = summary(output)["video_summaries"][folder]["steps"][step]
+        assert result["success"] is False and result["output"] is None
+        assert re.search(message, result["error"]), result
+        assert f"{folder}/{step}: failed: {result['error']}" in printed
 
 
 def test_nan_latents_are_decoded_and_flagged(experiment):
     values = unzipped(experiment / "latents/prompt_000/vid_000/step_000.npy.gz")
     values[0, 0, 0, 0, 0] = np.nan
-    _replace_first(experiment, values)
+    write_latent(experiment / "latents/prompt_000/vid_000/step_000.npy.gz", values)
     assert decode(experiment) == 0
     result = summary(experiment / "latents_videos")["video_summaries"]["prompt_000/vid_000"]["steps"]["step_000"]
     assert result["success"] and result["latent"]["nan"] == 1
@@ -426,4 +442,4 @@ def test_out_of_memory(experiment, monkeypatch, capsys, twice):
         assert "out of memory on cpu" in step["error"] and "--dtype bfloat16" in step["error"]
     else:
         assert any("tiles" in note for note in step["notes"])
-    assert not [path for path in (experiment / "latents_videos").rglob("*") if path.name.startswith(".tmp-step")]
+    assert not list((experiment / "latents_videos").rglob(".tmp-*"))

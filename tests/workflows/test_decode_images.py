@@ -156,6 +156,10 @@ INPUTS = {
         [f"latents_rank00_shard000.safetensors[{i}]" for i in range(3)]
         + [f"latents_rank00_shard001.safetensors[{i}]" for i in range(2)],
     ),
+    "a shard by its name": (
+        lambda f: save_file({"latents": LATENTS}, f / "latents_rank00_shard000.safetensors"),
+        "latents_rank00_shard000.safetensors", {}, "of LightningDiT", None,
+    ),
     "a shard": (lambda f: shard(f / "x.safetensors", LATENTS), "x.safetensors", {}, "of LightningDiT", None),
     "scaled": (
         lambda f: torch.save((LATENTS - 0.25) * 0.5, f / "x.pt"), "x.pt", {"latents_are": "scaled"}, "scaled", None
@@ -226,6 +230,15 @@ def test_datasets_of_several_shapes_and_of_frames(made, decode, tmp_path):
     images = images_of(out)
     assert list(images) == ["a[0]", "a[1]", "a[2]", "b[0]", "b[1]"]
     np.testing.assert_array_equal(np.stack(list(images.values())), eight_bits(made.decode(LATENTS)))
+    # Clips of three frames and of two: the same images in two buckets.
+    buckets = ((1, 2, 3, 4, 4), (1, 2, 2, 4, 4))
+    path = dataset(
+        tmp_path / "clips", made.identity, {"a": videos[0], "b": videos[1][:, :, :2]}, buckets, payload="latents"
+    )
+    out, printed = decode(path, output="clips")
+    assert "5 images, latents [2, 4, 4], raw" in printed
+    assert images_of(out).keys() == images.keys()
+    np.testing.assert_array_equal(np.stack(list(images_of(out).values())), eight_bits(made.decode(LATENTS)))
     # Another autoencoder than the one that is recorded.
     other = {**made.identity, "weights": "0" * 64}
     path = dataset(tmp_path / "other", other, {"a": videos[0]}, ((1, 2, 3, 4, 4),), payload="latents")
@@ -257,6 +270,10 @@ def test_factors_of_each_channel(made, decode, tmp_path):
     out, _ = decode(tmp_path / "x.pt", vae=vae, latents_are="scaled")
     images = np.stack(list(images_of(out).values()))
     np.testing.assert_array_equal(images, eight_bits(made.decode(LATENTS)))
+    for damaged in ({"latents_std": [1, 2, 3]}, {"scaling_factor": "one"}):
+        (vae / "config.json").write_text(json.dumps(config | damaged))
+        with pytest.raises(ValueError, match="config.json: expected a number or 2 numbers as scaling_factor"):
+            decode(tmp_path / "x.pt", vae=vae, latents_are="scaled", output="none")
     del config["scaling_factor"]
     (vae / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="names no scaling_factor and no latents_std"):
@@ -303,6 +320,26 @@ def test_every_format(made, decode, latents):
     assert [file.name for file in sorted((out / "images").iterdir())] == ["000000.jpg", "000001.jpg"]
 
 
+def test_a_sheet_of_large_images_is_small(made, decode, latents, monkeypatch):
+    monkeypatch.setattr(image_files, "SHEET_SIDE", 4)
+    out, _ = decode(latents, **RAW)
+    sheet = np.asarray(Image.open(out / "sheet.png"))
+    assert sheet.shape == (64, 5 * 64 + 4 * 2, 3)  # cells of 4 × 4 pixels, sixteenfold
+    want = eight_bits(made.decode(LATENTS))[0].reshape(4, 2, 4, 2, 3).mean((1, 3))
+    assert np.abs(sheet[::16, :64:16] - want).max() <= 0.5
+
+
+@pytest.mark.parametrize(("folder", "name"), [("run.v1", "run.v1-images"), (".", "here-images")])
+def test_a_folder_is_named_whole(made, tmp_path, monkeypatch, folder, name):
+    here = tmp_path / "here"
+    (here / "run.v1").mkdir(parents=True)
+    np.save(here / "run.v1" / "0.npy", LATENTS.numpy())
+    monkeypatch.chdir(here)
+    given = {"latents": folder, "vae": str(made.path), "device": "cpu", "threads": 1, **RAW}
+    decode_images.decode_images(build(DecodeConfig, {}, given))
+    assert [path.name for path in tmp_path.rglob("*-images")] == [name]
+
+
 def test_an_interrupted_run_is_finished_by_the_next(decode, latents, tmp_path, monkeypatch):
     whole, _ = decode(latents, output="whole", **RAW)
     write, left = image_files.write_atomic, [3]
@@ -319,6 +356,7 @@ def test_an_interrupted_run_is_finished_by_the_next(decode, latents, tmp_path, m
     monkeypatch.undo()
     assert len(list((tmp_path / "out" / "images").iterdir())) == 3
     (tmp_path / "out" / "images" / ".tmp-000003.png-0").write_bytes(b"of a process that was killed")
+    (tmp_path / "out" / ".tmp-samples.npz-0").write_bytes(b"of `sample --npz` that was killed")
     out, _ = decode(latents, output="out", **RAW)
     one, other = contents(out), contents(whole)
     del one["decode.yaml"], other["decode.yaml"]  # they name their folders
@@ -369,6 +407,16 @@ def zipped(path, data, name="latents.npy"):
         archive.writestr(name, data)
 
 
+def bomb(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(2**20))
+
+
+def sampled(path, *, std=0.5, vae=None, classes=(), conditions=()):
+    """What `fastlatent sample` writes, with a provenance that somebody edited."""
+    LatentFile(LATENTS.flatten(2).mT, torch.zeros(COUNT).long(), 0.5, std, vae, classes, conditions).write(path)
+
+
 SCALED = {"latents_are": "scaled"}
 HUGE = (10**12, 2, 4, 4)
 BAD = {
@@ -398,6 +446,15 @@ BAD = {
     "unsaid.pt": (lambda p: torch.save(LATENTS, p), {}, "add --latents-are raw or --latents-are scaled"),
     "channels.pt": (lambda p: torch.save(LATENTS.repeat(1, 2, 1, 1), p), RAW, "with 4 latent channels, it has 2"),
     "cut.safetensors": (lambda p: cut(p, lambda p: shard(p, LATENTS)), {}, "not a readable safetensors file"),
+    "negative.npy": (lambda p: p.write_bytes(header((-5, -2, 4, 4)) + bytes(640)), RAW, r"got \[-5, -2, 4, 4\]"),
+    "meta.pt": (lambda p: torch.save(LATENTS.to("meta"), p), RAW, r"without values \(meta\)"),
+    "bomb.pt": (bomb, RAW, "compressed records"),
+    "factors.safetensors": (lambda p: sampled(p, std=[1, 2, 3]), {}, "its provenance is damaged"),
+    "factor.safetensors": (lambda p: sampled(p, std=None), {}, "its provenance is damaged"),
+    "vae.safetensors": (lambda p: sampled(p, vae="kl"), {}, "its provenance is damaged"),
+    "path.safetensors": (lambda p: sampled(p, vae={"path": 3}), {}, "its provenance is damaged"),
+    "classes.safetensors": (lambda p: sampled(p, classes=3), {}, "its provenance is damaged"),
+    "conditions.safetensors": (lambda p: sampled(p, conditions={"a": 1}), {}, "its provenance is damaged"),
     "x.png": (lambda p: p.write_bytes(b"\x89PNG"), RAW, "x.png: expected a dataset folder, a .safetensors file of"),
 }  # fmt: skip
 
@@ -439,7 +496,7 @@ def test_nan_is_found_where_it_is(decode, tmp_path):
         decode(tmp_path / "d", **RAW)
 
 
-def test_settings_that_have_no_meaning(decode, latents, tmp_path):
+def test_settings_that_have_no_meaning(decode, latents, tmp_path, monkeypatch):
     for setting, message in (
         ({"format": "mp4"}, "--format mp4 is for the videos of an experiment; images: png, jpeg, webp, tiff"),
         ({"step_filter": "last"}, "--step-filter: is for the videos of an experiment"),
@@ -450,6 +507,32 @@ def test_settings_that_have_no_meaning(decode, latents, tmp_path):
         with pytest.raises(ValueError, match=message):
             decode(latents, **RAW, **setting)
         assert not (tmp_path / "out").exists()
-    (tmp_path / "out" / "images").mkdir(parents=True)
-    with pytest.raises(ValueError, match="is not of an earlier run"):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="images are decoded by one process"):
         decode(latents, **RAW)
+
+
+@pytest.mark.parametrize("name", ["images/000009.png", "samples.npz", "sheet.png", "images.jsonl"])
+def test_what_others_made_stays(decode, latents, tmp_path, name):
+    """Among them what a run of ours would delete or overwrite, were it of an earlier one."""
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"path": "images/000000.png", "caption": "a list of somebody\'s images"}\n')
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="is not of an earlier run of sample or decode; write to another"):
+        decode(latents, **RAW)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(decode, tmp_path, monkeypatch):
+    frames_tree(tmp_path)
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("walk"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        decode(tmp_path, **RAW)

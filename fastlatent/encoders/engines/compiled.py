@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,17 @@ def compile_module(module: nn.Module, inputs: Tensor, pool: Any = None) -> Run:
     (torch.cuda.graph_pool_handle): graphs that never run at once need the memory of the largest, not of all together.
     """
     compiled = torch.compile(module, fullgraph=True, dynamic=False, options=OPTIONS)
-    # Every shape is a compilation of the same code, of which Dynamo allows 8: there may be more buckets.
-    with torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+    with any_number_of_shapes():
         compiled(inputs)
     return captured(compiled, inputs, pool) if inputs.is_cuda else compiled
+
+
+def any_number_of_shapes() -> AbstractContextManager[Any]:
+    """Every shape is a compilation of the same code, of which Dynamo allows 8 outside of this: there may be more."""
+    limits: AbstractContextManager[Any] = torch._dynamo.config.patch(
+        recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16
+    )
+    return limits
 
 
 def captured(function: Run, inputs: Tensor, pool: Any = None) -> Run:
@@ -67,7 +75,7 @@ def compile_ahead(module: nn.Module, inputs: tuple[Any, ...], cache: Path, ident
     """`module` compiled ahead of time for arguments exactly like `inputs` (tensors, and lists of them), from the
     package in `cache` or into one.
 
-    identity: of the autoencoder; with the inputs' dtypes and shapes, torch and the machine it names the package.
+    identity: of the autoencoder; with the inputs' dtypes and shapes, TF32, torch and the machine it names the package.
     """
     tensors = tree_leaves(inputs)
     key = {
@@ -76,6 +84,7 @@ def compile_ahead(module: nn.Module, inputs: tuple[Any, ...], cache: Path, ident
         "module": _signature(module),
         "inputs": [[str(one.dtype), list(one.shape), list(one.stride())] for one in tensors],
         "options": OPTIONS,
+        "float32": torch.get_float32_matmul_precision(),  # TF32 or not
         "machine": machine(tensors[0].device),
     }
 

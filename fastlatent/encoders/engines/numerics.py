@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 
-def fix_numerics() -> None:
+def fix_numerics(*, tf32: bool = False) -> None:
     """Set every switch of torch that would make bytes depend on timing, on history or on the defaults of a version.
 
     cuDNN takes its algorithm by heuristic, not by measuring, and only deterministic ones. float32 means float32: TF32
     (10 bits of mantissa, on by default in cuDNN's convolutions) is off everywhere, since who wants speed encodes in
-    bfloat16. Products of half precision are summed in float32.
+    bfloat16; decoding may ask for `tf32`. Products of half precision are summed in float32.
     """
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.set_float32_matmul_precision("highest")  # on the CPU too: oneDNN would take bfloat16 for "medium"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlatent.encoders.engines.compiled import OPTIONS, compile_ahead
+from fastlatent.encoders.engines.compiled import OPTIONS, any_number_of_shapes, compile_ahead
 from fastlatent.encoders.engines.engine import LIMITS
 from fastlatent.encoders.engines.numerics import relative_error
 from fastlatent.encoders.video_streaming import wan_step
@@ -51,12 +51,13 @@ class CompiledStep:
 
     def _open(self, z: Tensor, caches: list[Tensor]) -> Step:
         try:
-            run = (
-                torch.compile(self._eager, fullgraph=True, dynamic=False, options=dict(OPTIONS))
-                if self._name == "compile"
-                else compile_ahead(self._eager, (z, caches), self._cache, self._identity)
-            )
-            got = run(z, caches)[0]
+            with any_number_of_shapes():
+                run = (
+                    torch.compile(self._eager, fullgraph=True, dynamic=False, options=dict(OPTIONS))
+                    if self._name == "compile"
+                    else compile_ahead(self._eager, (z, caches), self._cache, self._identity)
+                )
+                got = run(z, caches)[0]
         except (OSError, torch.OutOfMemoryError):  # a full disk and a full GPU say so themselves
             raise
         except Exception as error:  # Dynamo, export, Inductor and the C++ compiler raise many kinds
