@@ -34,7 +34,7 @@ from fastlatent.media.videos import open_video
 from fastlatent.workflows.decode_experiment import ExperimentLatentDecoder, decode_experiment
 from fastlatent.workflows.decode_steps import to_frames
 
-WANS: dict[str, dict[str, int]] = {"wan-2.1": {}, "narrow": {"base_dim": 16, "num_res_blocks": 1}}
+WANS: dict[str, dict[str, int]] = {"wan-2.1": {}, "narrow": {"base_dim": 8, "num_res_blocks": 1}}
 PROVIDERS = ("fastlatent", "fastlatent-loaded", "read", "vae", "mp4")
 STAGES = ("read", "vae", "mp4")
 CUDA = torch.cuda.is_available()
@@ -48,7 +48,7 @@ def _case(vae: str, frames: int, size: str, steps: int, dtype: str) -> Case:
 CASES = (
     [_case("wan-2.1", 61, "848x480", 8, dtype) for dtype in ("tf32", "bfloat16")]
     if CUDA
-    else [_case("narrow", 17, "256x160", 8, "float32")]
+    else [_case("narrow", 17, "128x96", 8, "float32")]
 )
 
 
