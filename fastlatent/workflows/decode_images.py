@@ -29,7 +29,7 @@ from fastlatent.workflows.image_files import ImageFiles, decode_batch
 from fastlatent.workflows.latent_inputs import RAW, LatentImages, open_latents
 from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
 
-_OF_VIDEOS = ("prompt_filter", "video_filter", "step_filter", "fps", "crf", "scale", "gpus")
+_OF_VIDEOS = ("prompt_filter", "video_filter", "step_filter", "fps", "crf", "scale", "gpus", "force", "verbose")
 
 
 def decode_images(config: DecodeConfig) -> None:

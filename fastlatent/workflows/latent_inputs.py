@@ -26,8 +26,8 @@ Shape = tuple[int, ...]  # C, h, w
 RAW, UNKNOWN = "raw", "unknown"
 _SHARD = re.compile(r"latents_rank\d+_shard\d+\.safetensors")
 EXPECTED = (
-    "a dataset folder, a .safetensors file of `fastlatent sample`, .npz, .npy or .pt files or a folder of them, or "
-    "shards of LightningDiT (latents_rankRR_shardSSS.safetensors)"
+    "an experiment folder (latents/PROMPT/VIDEO/step_*), a dataset folder, a .safetensors file of `fastlatent sample`, "
+    ".npz, .npy or .pt files or a folder of them, or shards of LightningDiT (latents_rankRR_shardSSS.safetensors)"
 )
 
 

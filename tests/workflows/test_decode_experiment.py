@@ -4,7 +4,9 @@ import glob
 import gzip
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -271,6 +273,24 @@ def test_interrupted_runs_resume(experiment, number, forked, tmp_path):
     assert len(again) <= (0 if number == signal.SIGINT else 1)
     for name in names(output):
         assert frames(output / name).shape == (5, 24, 32, 3)
+
+
+@pytest.mark.soak
+def test_killed_at_random(experiment, forked):
+    """Two at a time, 50 kills at any moment: never half a video, and whoever comes last ends with all of them."""
+    output, draw, kills = experiment / "latents_videos", random.Random(0), 0
+    argv = ["decode", str(experiment), "--device", "cpu", "--threads", "1"]
+    while kills < 50:
+        if names(output) == ALL:
+            shutil.rmtree(output)
+        waits = [draw.uniform(0.05, 1.5) for _ in range(2)]
+        [codes] = forked({"argv": argv, "first": SLOW, "count": 2, "kill_after": waits})
+        assert set(codes) <= {0, -signal.SIGKILL}
+        kills += codes.count(-signal.SIGKILL)
+        assert all(frames(output / name).shape == (5, 24, 32, 3) for name in names(output))
+    assert decode(experiment) == 0
+    assert names(output) == ALL and summary(output)["successful_steps"] == 12
+    assert not list(output.rglob(".tmp-*"))
 
 
 def test_processes_together(experiment, forked):
