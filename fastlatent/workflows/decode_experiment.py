@@ -105,7 +105,7 @@ class ExperimentLatentDecoder:
             raise ValueError(
                 f"{video_dir}: expected a folder of latents of {self.experiment.root}, such as {', '.join(known[:5])}"
             )
-        steps, _ = select(steps, step_filter=step_filter)
+        steps, _ = select(steps, step_filter=step_filter or self.config.step_filter)
         results, _ = self._decode(steps, output_dir, fps)
         return [results[step] for step in steps]
 
@@ -117,11 +117,14 @@ class ExperimentLatentDecoder:
         step_filter: str | None = None,
         fps: float | None = None,
     ) -> dict[str, Any]:
-        """Decode all steps that the filters choose (see `sources.experiment.select`); returns decode_summary.json.
+        """Decode all steps that the filters choose (see `sources.experiment.select`; otherwise those of the settings);
+        returns decode_summary.json.
 
         Its video_summaries hold a result for each step. Raises as `decode_video_directory` does.
         """
-        steps, _ = select(self.experiment.steps, prompt_filter, video_filter, step_filter)
+        config = self.config
+        filters = prompt_filter or config.prompt_filter, video_filter or config.video_filter
+        steps, _ = select(self.experiment.steps, *filters, step_filter or config.step_filter)
         return self._decode(steps, output_dir, fps)[1]
 
     def output(self, output_dir: str | os.PathLike[str] | None = None) -> Path:
