@@ -343,8 +343,9 @@ def test_players_run_in_step(page_file, open_page):
     assert (np.diff(times[0]) < -0.5).sum() >= 1  # it began anew
     assert times[0].max() > 0.9 and len(np.unique(times[0])) > 15  # it did move
     undisturbed = (moments <= 1300) | (moments > 2100)
-    assert np.abs(times[0] - times[1])[undisturbed].max() <= 1 / FPS
-    assert np.abs(np.minimum(times[0], SHORT / FPS) - times[2])[undisturbed].max() <= 1 / FPS
+    # Nine of ten samples: this machine may do something else for a moment. Without the clock a quarter is off.
+    for other, ahead in ((times[1], times[0]), (times[2], np.minimum(times[0], SHORT / FPS))):
+        assert np.quantile(np.abs(ahead - other)[undisturbed], 0.9) <= 1 / FPS
     page.keyboard.press("Space")
     settle(page)
     frame = int(page.locator("#frame").inner_text().split()[1]) - 1
