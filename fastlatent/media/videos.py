@@ -179,7 +179,7 @@ class VideoWriter:
         self.size = (height, width)
         if max(height, width) > MAX_SIDE[format]:
             raise ValueError(f"{format}: expected at most {MAX_SIDE[format]} pixels a side, got {width}×{height}")
-        self._encoder = _choose_encoder(encoder, height, width) if format == "mp4" else ""
+        self._encoder = choose_video_encoder(encoder, height, width) if format == "mp4" else ""
         if self._encoder == "libx264" and crf == 0:
             notes.append("crf 0 is lossless H.264 (High 4:4:4 Predictive), which browsers do not play: use crf 1")
         if format == "gif" and rate > 50:
@@ -383,7 +383,12 @@ def _import_av() -> Any:
     return av
 
 
-def _choose_encoder(encoder: str, height: int, width: int) -> str:
+def choose_video_encoder(encoder: str = "auto", height: int = 480, width: int = 848) -> str:
+    """The H.264 encoder that writes mp4 here: of a GPU where one encodes, else libx264.
+
+    Raises:
+        ValueError: PyAV is missing, or has none.
+    """
     if encoder in ("auto", "h264_nvenc") and _opens("h264_nvenc", height, width):
         return "h264_nvenc"
     if encoder == "h264_nvenc":

@@ -27,7 +27,7 @@ from fastlatent.encoders.video_autoencoders import (
     video_autoencoder_on_meta,
 )
 from fastlatent.encoders.video_protocol import VideoAutoencoder
-from fastlatent.media.videos import FORMATS, output_path, rate
+from fastlatent.media.videos import FORMATS, choose_video_encoder, output_path, rate
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.sources.experiment import Experiment, Step, open_experiment, select
 from fastlatent.workflows.decode_records import SUMMARY, Records, StepResult
@@ -138,8 +138,11 @@ class ExperimentLatentDecoder:
         fps = self.experiment.fps() if fps is None else fps
         fps = FPS if fps is None else fps
         rate(fps)  # raises where it is out of range
+        form = "mp4" if config.format == "auto" else config.format
+        if form == "mp4":
+            choose_video_encoder()  # raises where there is none: now, not at every step
         return VideoSettings(
-            format="mp4" if config.format == "auto" else config.format,
+            format=form,
             fps=fps,
             crf=config.crf,
             scale=config.scale,

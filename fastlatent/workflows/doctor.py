@@ -22,6 +22,7 @@ OPTIONAL = (
     ("imagecodecs", "imagecodecs", "PNG and TIFF of more than 8 bits", "'fastlatent[media]'"),
     ("OpenEXR", "OpenEXR", "EXR files", "'fastlatent[media]'"),
     ("pyarrow", "pyarrow", "parquet files and Hugging Face datasets", "'fastlatent[tables]'"),
+    ("av", "av", "mp4 videos of decode and gallery", "'fastlatent[video]'"),
     ("fsspec", "fsspec", "sources behind URLs", "'fastlatent[remote]'"),
     ("transformers", "transformers", "encode --text-encoder", "'fastlatent[text]'"),
     ("onnx", "onnx", "encode --engine tensorrt", "'fastlatent[onnx]'"),
@@ -73,7 +74,7 @@ def doctor(config: DoctorConfig) -> int:
     print(f"           attention: {_train_attention(device)}")
     print(f"  sample   head: {kernels}" + ("; a CUDA graph per token" if device == "cuda" else ""))
     print(f"           {_attention(device)}")
-    print(f"  decode   autoencoder in eager torch on {device}")
+    print(f"  decode   autoencoder in eager torch on {device}; {_videos()}")
     return 0
 
 
@@ -104,6 +105,15 @@ def _train_attention(device: str) -> str:
     from fastlatent.models.attention import flash_attention
 
     return "flash-attn in half precision" if device == "cuda" and flash_attention() else "PyTorch's SDPA"
+
+
+def _videos() -> str:
+    from fastlatent.media.videos import choose_video_encoder
+
+    try:
+        return f"mp4 by {choose_video_encoder()}"
+    except ValueError as error:
+        return f"no mp4: {error}"
 
 
 def _library() -> Finding:

@@ -141,6 +141,16 @@ def test_impossible_frames_a_second(tmp_path, model, fps):
         decoder.decode_experiment(fps=fps)
 
 
+def test_no_mp4_without_pyav(tmp_path, model, capsys, monkeypatch):
+    """Said once and before the model is loaded, not for each step; other formats need none."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    root = one_step(tmp_path, model)
+    assert decode(root) == 1
+    assert "pip install 'fastlatent[video]'" in capsys.readouterr().err
+    assert not (root / "latents_videos").exists()
+    assert decode(root, "--format", "gif") == 0
+
+
 def test_an_output_folder_that_cannot_be(tmp_path, model, capsys, monkeypatch):
     """Found before the model is loaded."""
     (tmp_path / "file").touch()

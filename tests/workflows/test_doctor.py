@@ -17,7 +17,7 @@ def test_reports_what_is_here(chain):
         assert importlib.metadata.version(name) in next(line for line in out.splitlines() if f"  {name} " in line)
     assert "libfastlatent_cpu.so: advise_random, " in out
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert f"decode   autoencoder in eager torch on {device}" in out
+    assert f"decode   autoencoder in eager torch on {device}; mp4 by " in out
     if device == "cpu":
         assert "\n  encode   decoder pillow: no GPU is used\n           engine eager, on cpu, 16 images of" in out
     else:
