@@ -389,6 +389,7 @@ def choose_video_encoder(encoder: str = "auto", height: int = 480, width: int = 
     Raises:
         ValueError: PyAV is missing, or has none.
     """
+    _import_av()
     if encoder in ("auto", "h264_nvenc") and _opens("h264_nvenc", height, width):
         return "h264_nvenc"
     if encoder == "h264_nvenc":
