@@ -50,7 +50,7 @@ def main() -> None:
         run(python, "-I", SELF, "use", environment, cwd=elsewhere)
         run(command, *shlex.split(f"encode images --vae vae --out latents --size {SIZE}"), cwd=elsewhere)
         run(command, "inspect", "latents", cwd=elsewhere)
-        run(command, *shlex.split("decode latents --output decoded"), cwd=elsewhere)
+        run(command, *shlex.split("decode latents --output-dir decoded"), cwd=elsewhere)
         decoded = sorted(path.name for path in (elsewhere / "decoded").rglob("*.png") if path.name != "sheet.png")
         expect(len(decoded) == IMAGES, f"expected {IMAGES} decoded images, got {decoded}")
     print(f"the wheel works ({time.monotonic() - start:.0f} s)")
