@@ -26,8 +26,9 @@ Shape = tuple[int, ...]  # C, h, w
 RAW, UNKNOWN = "raw", "unknown"
 _SHARD = re.compile(r"latents_rank\d+_shard\d+\.safetensors")
 EXPECTED = (
-    "an experiment folder (latents/PROMPT/VIDEO/step_*), a dataset folder, a .safetensors file of `fastlatent sample`, "
-    ".npz, .npy or .pt files or a folder of them, or shards of LightningDiT (latents_rankRR_shardSSS.safetensors)"
+    "a dataset folder, a .safetensors file of `fastlatent sample`, .npz, .npy or .pt files or a folder of them, "
+    "shards of LightningDiT (latents_rankRR_shardSSS.safetensors), or an experiment (folder with "
+    "latents/PROMPT/VIDEO/step_*)"
 )
 
 
