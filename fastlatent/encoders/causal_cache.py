@@ -53,7 +53,7 @@ class CausalCache:
                 if own is None:
                     vars(module).pop("forward", None)
                 else:
-                    setattr(module, "forward", own)  # noqa: B010
+                    setattr(module, "forward", own)  # noqa: B010 (as above)
 
     def _with_past(self, module: nn.Module, x: Tensor, past: int) -> Tensor:
         """`past` earlier frames before x; before the first frame lie copies of it."""

@@ -241,9 +241,8 @@ def _cosmos_frames(model: Any, z: Tensor) -> Iterator[Tensor]:
             for block in blocks[cut:]:
                 pixels = block(pixels)
             pixels = decoder.conv_out(nn.functional.silu(decoder.norm_out(pixels)))
-        if (
-            i
-        ):  # unpatching works frame by frame, and drops all but one of those that the first one makes: give it one more
+        # Unpatching works frame by frame, and drops all but one of those that the first one makes: give it one more.
+        if i:
             yield decoder.unpatch_embed(torch.cat([pixels[:, :, :1], pixels], 2))[:, :, 1:]
         else:
             yield decoder.unpatch_embed(pixels)

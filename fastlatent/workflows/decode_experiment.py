@@ -30,13 +30,12 @@ from fastlatent.encoders.video_protocol import VideoAutoencoder
 from fastlatent.media.videos import FORMATS, choose_video_encoder, output_path, rate
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.sources.experiment import Experiment, Step, open_experiment, select
-from fastlatent.workflows.decode_records import SUMMARY, Records, StepResult
+from fastlatent.workflows.decode_records import SUMMARY, VIDEOS, Records, StepResult
 from fastlatent.workflows.decode_steps import StepDecoder, VideoSettings
 from fastlatent.workflows.encode_setup import engine_cache
 from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
 
 FPS = 12  # where neither the flag nor the experiment says it
-OUTPUT = "latents_videos"
 _LISTED = 20  # steps that a dry run names
 _GRACE_SECONDS = 3.0  # for processes that have perhaps been told to stop
 _POLL_SECONDS = 0.1
@@ -129,7 +128,7 @@ class ExperimentLatentDecoder:
 
     def output(self, output_dir: str | os.PathLike[str] | None = None) -> Path:
         """The folder that videos go to."""
-        return Path(output_dir or self.config.output_dir or self.experiment.root / OUTPUT)
+        return Path(output_dir or self.config.output_dir or self.experiment.root / VIDEOS)
 
     def video_settings(self, fps: float | None = None) -> VideoSettings:
         """How videos are written: frames a second by argument, setting, experiment or FPS."""
@@ -163,7 +162,7 @@ class ExperimentLatentDecoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32 if self.config.dtype == "tf32" else DTYPES[self.config.dtype]
+        return DTYPES[self.config.dtype]
 
     def plan(self, shape: torch.Size) -> DecodePlan:
         """What decoding latents [1, C, t, h, w] takes, printed when it is first asked for.

@@ -47,7 +47,7 @@ def decode_images(config: DecodeConfig) -> None:
     path = Path(config.latents)
     images = open_latents(path, config.limit)
     are = _latents_are(config, path, images)
-    dtype = torch.float32 if config.dtype == "tf32" else DTYPES[config.dtype]
+    dtype = DTYPES[config.dtype]
     vae = load_matching_autoencoder(
         config.vae, images.made_by, images.channels, device, dtype, allow_other=config.allow_other_vae
     )

@@ -20,6 +20,7 @@ from fastlatent.sources.experiment import Step
 from fastlatent.store.files import parse_json, write_atomic
 from fastlatent.store.lease import Leases, exclusive
 
+VIDEOS = "latents_videos"  # the output folder, unless another is named: in the experiment
 SUMMARY = "decode_summary.json"
 RECORDS = ".records"  # a hidden folder of the output: a JSON file for each step, and who is at work
 _STEPS = "steps"

@@ -24,15 +24,16 @@ from PIL import Image, UnidentifiedImageError
 
 from fastlatent.config import GalleryConfig
 from fastlatent.media.images import ImageError, read_image
-from fastlatent.media.videos import open_video, rate, video_info
+from fastlatent.media.videos import choose_video_encoder, open_video, rate, video_info
 from fastlatent.pipeline.ahead import ahead
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
 from fastlatent.sources.experiment import Step, natural_order, select
 from fastlatent.store.files import inside, make_directory, member, publish, read_bytes
+from fastlatent.workflows.decode_records import SUMMARY, VIDEOS
 
 MAX_PAGE_BYTES = 500_000_000  # browsers become slow, and some refuse a page of 512 MB
-VIDEOS, SUMMARY, IMAGES = "latents_videos", "decode_summary.json", "images.jsonl"
+IMAGES = "images.jsonl"  # the list of ImageFiles, whose module imports torch
 CRF = 24  # of videos that are made smaller
 THUMBNAIL = (78, 48)  # pixels at most; the page's cells are of this size
 QUALITY = 90  # of images that are made smaller (WebP), and of thumbnails (JPEG)
@@ -115,10 +116,7 @@ def find_listing(folder: Path) -> Path:
 
 
 def _videos(listing: Path, config: GalleryConfig) -> Page:
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        raise ValueError("a gallery of videos needs PyAV: pip install 'fastlatent[video]'") from None
+    choose_video_encoder("libx264")  # raises where PyAV or its encoder is missing: now, not at every video
     summary = _read_json(read_bytes(listing), str(listing))
     records: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for key, video in member(summary, "video_summaries", dict, str(listing)).items():

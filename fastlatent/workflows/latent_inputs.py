@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlatent.data.latents import LatentDataset
+from fastlatent.sources.experiment import natural_order
 from fastlatent.store.records import ROOT
 from fastlatent.workflows.latent_arrays import READERS, LatentArrays
 from fastlatent.workflows.latent_files import read_latent_file
@@ -172,18 +173,13 @@ def _latent_files(folder: Path) -> list[str]:
         found += [os.path.relpath(os.path.join(parent, name), folder) for name in files if not name.startswith(".")]
     shards = [file for file in found if _SHARD.fullmatch(os.path.basename(file))]
     if shards:
-        return sorted(shards, key=_natural)  # latents_stats.pt lies beside them
+        return sorted(shards, key=natural_order)  # latents_stats.pt lies beside them
     kinds = Counter(os.path.splitext(file)[1].lower() for file in found)
     kinds = Counter({kind: count for kind, count in kinds.items() if kind in READERS and kind != ".safetensors"})
     if len(kinds) > 1:
         there = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         raise ValueError(f"{folder}: expected files of one kind, found {there}; name a folder of one kind, or one file")
-    return sorted((file for file in found if os.path.splitext(file)[1].lower() in kinds), key=_natural)
-
-
-def _natural(path: str) -> tuple[list[str | int], str]:
-    """2.pt before 10.pt."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", path))], path
+    return sorted((file for file in found if os.path.splitext(file)[1].lower() in kinds), key=natural_order)
 
 
 def _of_files(root: Path, files: list[str], limit: int) -> LatentImages:

@@ -19,6 +19,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
+    "tf32": torch.float32,  # with a switch of torch: `fix_numerics(tf32=True)`
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
