@@ -33,10 +33,9 @@ from safetensors.torch import save_file
 
 from fastlatent.config import EncodeConfig
 from fastlatent.store.records import PlannedItem, Unit
-from fastlatent.workflows import encode_work
 from fastlatent.workflows.encode import encode
-from fastlatent.workflows.encode_rows import read_pictures
-from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
+from fastlatent.workflows.encode_images import ImageSetup, set_up_images
+from fastlatent.workflows.encode_setup import EncodeSetup
 
 # Widths of the autoencoder: one with little work to a pixel, so that decoding counts, and Stable Diffusion's.
 WIDTHS = {"narrow": (16, 16, 32, 32), "sd": (128, 256, 512, 512)}
@@ -76,7 +75,7 @@ def prepare(case: Case) -> Iterator[tuple[harness.Prepared, Path]]:
             compute_dtype=case.dtype, threads=case.threads, readers=case.threads if case.device == "cpu" else 8,
             unit_rows=64 if case.device == "cpu" else 4096,
         )  # fmt: skip
-        setup = set_up_encode(config)
+        setup = set_up_images(config)
         unit = whole_unit(setup)
         chunk, threads = setup.reading
 
@@ -88,7 +87,7 @@ def prepare(case: Case) -> Iterator[tuple[harness.Prepared, Path]]:
         def decode() -> None:
             parts = [unit.items[i : i + chunk] for i in range(0, count, chunk)]
             with on_decode_core(), ThreadPoolExecutor(threads) as pool:
-                assert all(pictures for pictures in pool.map(lambda part: read_pictures(setup, unit, part), parts))
+                assert all(pictures for pictures in pool.map(lambda part: setup.read(unit, part), parts))
 
         def vae() -> None:
             batch = setup.config.batch_size
@@ -181,7 +180,7 @@ class Files(torch.utils.data.Dataset):
         return cut.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def by_hand(setup: EncodeSetup, root: Path, core: set[int]) -> Callable[[], None]:
+def by_hand(setup: ImageSetup, root: Path, core: set[int]) -> Callable[[], None]:
     paths = sorted((root / "images").rglob("*.jpg"))
 
     def place(worker: int) -> None:
@@ -204,7 +203,7 @@ def _placed(pinned: bool) -> Iterator[Callable[[], contextlib.AbstractContextMan
     if not pinned or len(cores) < 2:
         yield contextlib.nullcontext
         return
-    original = read_pictures
+    original = ImageSetup.read
 
     def there(*arguments):
         os.sched_setaffinity(0, {cores[1]})  # of the calling thread; Pillow's threads are begun by it
@@ -218,12 +217,12 @@ def _placed(pinned: bool) -> Iterator[Callable[[], contextlib.AbstractContextMan
         finally:
             os.sched_setaffinity(0, {cores[0]})
 
-    encode_work.read_pictures = there  # type: ignore[assignment]
+    ImageSetup.read = there  # type: ignore[method-assign]
     os.sched_setaffinity(0, {cores[0]})
     try:
         yield on_decode_core
     finally:
-        encode_work.read_pictures = original
+        ImageSetup.read = original  # type: ignore[method-assign]
         os.sched_setaffinity(0, set(cores))
 
 

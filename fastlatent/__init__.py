@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from fastlatent import ops
     from fastlatent.data.latents import LatentDataset
     from fastlatent.data.loader import LatentLoader
+    from fastlatent.data.masks import MaskConfig
+    from fastlatent.data.teacher_tokens import CachedSSv2Dataset, TeacherTokens, collate_cached_latents
     from fastlatent.diffusion.solvers import SolverTable
     from fastlatent.heads.diffusion_head import DiffusionHead
     from fastlatent.workflows.decode_experiment import ExperimentLatentDecoder
@@ -19,24 +21,32 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CachedSSv2Dataset",
     "DiffusionHead",
     "ExperimentLatentDecoder",
     "LatentDataset",
     "LatentLoader",
+    "MaskConfig",
     "NextTokenPipeline",
     "SolverTable",
+    "TeacherTokens",
+    "collate_cached_latents",
     "encode",
     "ops",
 ]
 
 # Resolved on first use: importing fastlatent imports no torch.
 _HOME = {
+    "CachedSSv2Dataset": "fastlatent.data.teacher_tokens",
     "DiffusionHead": "fastlatent.heads.diffusion_head",
     "ExperimentLatentDecoder": "fastlatent.workflows.decode_experiment",
     "LatentDataset": "fastlatent.data.latents",
     "LatentLoader": "fastlatent.data.loader",
+    "MaskConfig": "fastlatent.data.masks",
     "NextTokenPipeline": "fastlatent.workflows.next_token_pipeline",
     "SolverTable": "fastlatent.diffusion.solvers",
+    "TeacherTokens": "fastlatent.data.teacher_tokens",
+    "collate_cached_latents": "fastlatent.data.teacher_tokens",
 }
 
 

@@ -197,6 +197,8 @@ def _add_field(parser: argparse.ArgumentParser, cls: Any, field: dataclasses.Fie
     if field.metadata["positional"]:
         nargs = "*" if kind is tuple else "?"
         parser.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, metavar=field.name.upper(), help=help)
+        for other in _others(field):
+            parser.add_argument(other, dest=field.name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return
     flag = "--" + field.name.replace("_", "-")
     if field.default is dataclasses.MISSING:
@@ -214,7 +216,15 @@ def _add_field(parser: argparse.ArgumentParser, cls: Any, field: dataclasses.Fie
         parser.add_argument(flag, nargs="+", action="extend", default=argparse.SUPPRESS, metavar="TEXT", help=help)
         return
     parse: Any = _whole_numbers if kind is tuple else kind
-    parser.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=help)
+    parser.add_argument(
+        flag, *_others(field), dest=field.name, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=help
+    )
+
+
+def _others(field: dataclasses.Field) -> list[str]:
+    """What another project calls this flag."""
+    also = field.metadata["also"]
+    return ["--" + also.replace("_", "-")] if also else []
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

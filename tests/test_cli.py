@@ -21,7 +21,8 @@ def required_flags(cls):
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING:
             words += [f"the {field.name}"] if field.metadata["positional"] else [flag(field), f"the {field.name}"]
-    return words
+    # Each of these may be given in another way.
+    return words + (["--vae", "the vae", "--out", "the out"] if cls is config.EncodeConfig else [])
 
 
 def flag(field):

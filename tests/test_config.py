@@ -19,6 +19,7 @@ def required_values(cls):
     oddities = iter(("no", "1e-4", "007", "~"))
     hints = typing.get_type_hints(cls)
     needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    needed += ["vae", "out"] if cls is config.EncodeConfig else []  # or others in their place
     return {name: (next(oddities),) if is_list(hints[name]) else next(oddities) for name in needed}
 
 
@@ -63,14 +64,14 @@ def test_file_keys_with_either_dash(name):
     ("values", "message"),
     [
         ({"batchsize": 3}, "config file: unknown key 'batchsize'; did you mean 'batch_size'?"),
-        ({"zzzz": 3}, "config file: unknown key 'zzzz'; known: all, allow_mixed, batch_size, captions, "),
+        ({"zzzz": 3}, "config file: unknown key 'zzzz'; known: all, allow_mixed, batch_size, cache_dir, captions, "),
         ({7: 3}, "config file: unknown key 7"),
         ({"size": "big"}, "config file: size: expected int, got 'big'"),
         ({"size": 1.5}, "config file: size: expected int, got 1.5"),
         ({"size": True}, "config file: size: expected int, got True"),  # a bool is an int to Python
         ({"size": None}, "config file: size: expected int, got None"),
         ({"size": [1]}, r"config file: size: expected int, got \[1\]"),
-        ({"size": 0}, "config file: size: expected at least 1, got 0"),
+        ({"size": -1}, "config file: size: expected at least 0, got -1"),
         ({"threads": -1}, "config file: threads: expected at least 0, got -1"),
         ({"mirror": "yes"}, "config file: mirror: expected bool, got 'yes'"),
         ({"mirror": 1}, "config file: mirror: expected bool, got 1"),
@@ -114,7 +115,7 @@ def test_bad_learning_rates(value):
     ("missing", "message"),
     [
         ("source", "missing SOURCE: give it on the command line or in the config file"),
-        ("vae", "missing --vae: "),
+        ("vae", r"missing --vae \(or --teacher\): "),
         ("out", "missing --out: "),
     ],
 )
@@ -124,8 +125,10 @@ def test_missing(missing, message):
 
 
 def test_every_missing_setting_is_named_at_once():
-    with pytest.raises(ValueError, match="missing SOURCE, --vae, --out: "):
-        config.build(config.EncodeConfig, {}, {})
+    with pytest.raises(ValueError, match=r"missing --vae \(or --teacher\), --out: "):
+        config.build(config.EncodeConfig, {}, {"source": "images"})
+    with pytest.raises(ValueError, match="missing CHECKPOINT, --output: "):
+        config.build(config.SampleConfig, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -212,6 +215,8 @@ def test_what_is_printed_reads_back(tmp_path, cls, changed):
     if changed:
         hints = typing.get_type_hints(cls)
         values = {field.name: other_value(field, hints[field.name]) for field in dataclasses.fields(cls)}
+        if cls is config.EncodeConfig:
+            values = {name: value for name, value in values.items() if name not in ("vae", "cache_dir")}
         if "preset" in values:
             values["preset"] = next(iter(cls.PRESETS), None)
     resolved = config.build(cls, {}, values)
@@ -220,10 +225,26 @@ def test_what_is_printed_reads_back(tmp_path, cls, changed):
     assert config.build(cls, config.read_yaml(str(path)), {}) == resolved
 
 
+def test_encode_takes_a_teacher_for_the_autoencoder_and_a_cache_for_the_dataset():
+    cached = {"data_root": "videos", "teacher": "videomaev2-base", "split": "train", "cache_dir": "cache"}
+    resolved = config.build(config.EncodeConfig, {}, cached)
+    assert (resolved.source, resolved.out, resolved.vae) == ("videos", "cache/train", None)
+    refusals = (
+        ({"vae": "v"}, "--vae, --teacher: expected one of them, got both"),
+        ({"out": "o"}, "--out o: expected it without --cache-dir, which says cache/train"),
+        ({"split": None}, "--cache-dir: expected --split too"),
+        ({"frames": (9, 5)}, "--frames: expected rising numbers from 1 on, got 9,5"),
+        ({"frames": (0,)}, "--frames: expected rising numbers from 1 on, got 0"),
+    )
+    for more, message in refusals:
+        with pytest.raises(ValueError, match=message):
+            config.build(config.EncodeConfig, {}, cached | more)
+
+
 @pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: cls.__name__)
 def test_defaults_pass_their_own_checks(cls):
     defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
-    assert config.build(cls, {}, required_values(cls) | defaults) == cls(**required_values(cls))
+    assert config.build(cls, {}, defaults | required_values(cls)) == cls(**required_values(cls))
 
 
 def test_settings_of_training_are_those_of_the_loop():

@@ -83,10 +83,12 @@ def test_kernels_is_not_a_package():
 # Packages that only one kind of source or file, or one setting, needs are imported when that comes.
 OPTIONAL = (
     "pyarrow", "fsspec", "imagecodecs", "OpenEXR", "tifffile", "av", "ray", "transformers", "nvidia", "onnx",
-    "tensorrt",
+    "tensorrt", "torchcodec",
 )  # fmt: skip
 # Imported themselves when their decoder is chosen.
-WHOLE = {"dali_decoder.py", "nvimagecodec_decoder.py"}
+WHOLE = {
+    "dali_decoder.py", "nvimagecodec_decoder.py", "pyav_decoder.py", "torchcodec_decoder.py", "dali_video_decoder.py",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name not in WHOLE], ids=lambda path: path.stem)
@@ -112,6 +114,7 @@ def modules_of(room: str) -> list[str]:
         (modules_of("pipeline"), ("torch", "diffusers", *OPTIONAL)),
         (["fastlatent.media.images", "fastlatent.media.high_depth"], ("torch", "diffusers", *OPTIONAL)),
         (["fastlatent.media.decoders", "fastlatent.media.transforms"], ("diffusers", *OPTIONAL)),
+        (["fastlatent.media.video_decoders"], ("torch", "diffusers", *OPTIONAL)),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

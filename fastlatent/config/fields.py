@@ -15,7 +15,7 @@ CONFIG_FILE = "config file"
 _NULL = ("null", "Null", "NULL", "~", "")
 MAX_SEED = 2**63 - 1  # what every generator takes
 MAX_THREADS = 4096
-DEVICE_HELP = "auto (CUDA if there is one), cpu, cuda, cuda:1 …"
+DEVICE_HELP = "auto (CUDA if there is one), cpu, cuda, cuda:1 or 1 …"
 
 
 def option(
@@ -25,20 +25,29 @@ def option(
     choices: tuple[str, ...] = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    also: str = "",
 ) -> Any:
-    """A field with a default: `--name VALUE` on the command line."""
-    return dataclasses.field(default=default, metadata=_metadata(help, choices, minimum, maximum, positional=False))
+    """A field with a default: `--name VALUE` on the command line, or `--also VALUE`."""
+    metadata = _metadata(help, choices, minimum, maximum, positional=False, also=also)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def required(help: str, *, positional: bool = False) -> Any:
-    """A field without a default: `--name VALUE`, or a bare argument if positional."""
-    return dataclasses.field(metadata=_metadata(help, (), None, None, positional=positional))
+def required(help: str, *, positional: bool = False, also: str = "") -> Any:
+    """A field without a default: `--name VALUE`, or a bare argument if positional; or `--also VALUE`."""
+    return dataclasses.field(metadata=_metadata(help, (), None, None, positional=positional, also=also))
 
 
 def _metadata(
-    help: str, choices: tuple[str, ...], minimum: float | None, maximum: float | None, *, positional: bool
+    help: str, choices: tuple[str, ...], minimum: float | None, maximum: float | None, *, positional: bool, also: str
 ) -> dict[str, Any]:
-    return {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "positional": positional}
+    return {
+        "help": help + (f" (also --{also.replace('_', '-')})" if also else ""),
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "positional": positional,
+        "also": also,  # what another project calls it
+    }
 
 
 def build(cls: type, file_values: Mapping[str, Any], flag_values: Mapping[str, Any]) -> Any:
@@ -50,11 +59,13 @@ def build(cls: type, file_values: Mapping[str, Any], flag_values: Mapping[str, A
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
+    names = {field.metadata["also"]: name for name, field in fields.items()}
     values: dict[str, Any] = {}
     preset = _preset(cls, flag_values.get("preset", file_values.get("preset"))) if "preset" in fields else {}
     for origin, given in (("preset", preset), (CONFIG_FILE, file_values), ("flag", flag_values)):
         for raw_name, value in given.items():
             name = str(raw_name).replace("-", "_")
+            name = names.get(name, name)
             if name not in fields:
                 raise ValueError(f"{origin}: unknown key {raw_name!r}{suggest(name, fields)}")
             values[name] = _checked(origin, fields[name], hints[name], value)
@@ -134,12 +145,12 @@ def _checked(origin: str, field: dataclasses.Field, hint: Any, value: Any) -> An
         value = float(value)
     sound = kind is not tuple or (isinstance(value, tuple) and all(type(v) is item for v in value))
     if kind is tuple and item is int:
-        sound = sound and bool(value)
+        sound = sound and (bool(value) or field.default == ())
     if kind is float and type(value) is float and not math.isfinite(value):
         raise ValueError(f"{where}: expected a finite number, got {value}")
     if kind is str and isinstance(value, list):
         raise ValueError(f'{where}: expected text, got a list; write it as "{",".join(map(str, value))}"')
-    if kind is str and value == "":
+    if kind is str and value == "" != field.default:
         raise ValueError(f"{where}: expected text, got nothing")
     if type(value) is not kind or not sound:
         expected = f"a list of {'whole numbers' if item is int else 'texts'}" if kind is tuple else kind.__name__

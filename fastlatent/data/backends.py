@@ -62,6 +62,7 @@ class RowReader:
         store: the dataset.
         choice: of `choose_backend`.
         numbers: which shards; all by default. `read` counts among these.
+        tokens: rows are single tokens, [D] each, the n of a shard's first row before those of its second.
 
     Attributes:
         numbers: int64, which shards.
@@ -71,11 +72,15 @@ class RowReader:
         ValueError: a shard is missing, damaged, or of another row shape.
     """
 
-    def __init__(self, store: Dataset, choice: Choice, numbers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, store: Dataset, choice: Choice, numbers: Sequence[int] | None = None, *, tokens: bool = False
+    ) -> None:
         self.store, self.choice = store, choice
         self.numbers = np.arange(len(store.shards)) if numbers is None else np.asarray(numbers)
         self.shards = [store.open_shard(i) for i in self.numbers.tolist()]
         tensors = [_payload(store, shard) for shard in self.shards]
+        if tokens:
+            tensors = [tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
         self._mapped = ShardTable(tensors)
         self.row_shape, self.dtype = self._mapped.row_shape, self._mapped.dtype
         self._files: FileTable | None = None

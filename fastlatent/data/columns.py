@@ -41,6 +41,51 @@ def gather_ragged(store: Dataset, name: str, indices: np.ndarray, of: str) -> tu
     return values.view(torch.bfloat16) if dtype == "BF16" else values, torch.from_numpy(offsets)
 
 
+def check_tokens(store: Dataset, indices: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """int64 [B]: where the tokens of samples indices[i] begin, counted over their shard; each has all of tokens[i].
+
+    Raises:
+        ValueError: one has not.
+    """
+    if len(indices) != len(tokens):
+        raise ValueError(f"gather_tokens: expected tokens of {len(indices)} samples, got of {len(tokens)}")
+    rows = store.row[indices].astype(np.int64)
+    first, lengths = np.empty_like(rows), np.empty_like(rows)
+    shards = store.shard[indices]
+    for number in np.unique(shards).tolist():
+        here, columns = shards == number, store.open_shard(number).columns
+        offsets = columns.get(f"{store.payload}.offsets")
+        if offsets is None:
+            lengths[here] = columns[store.payload].shape[2]
+            first[here] = rows[here] * lengths[here]
+        else:
+            first[here] = offsets[rows[here]]
+            lengths[here] = offsets[rows[here] + 1].astype(np.int64) - first[here]
+    wrong = (tokens < 0) | (tokens >= lengths[:, None])
+    if wrong.any():
+        i, j = (int(place[0]) for place in np.nonzero(wrong))
+        raise ValueError(
+            f"gather_tokens: sample {int(indices[i])} ({store.key(int(indices[i]))!r}): expected tokens from 0 to "
+            f"{int(lengths[i]) - 1}, got {int(tokens[i, j])}: was the mask made for another grid?"
+        )
+    return first
+
+
+def gather_token_scales(store: Dataset, indices: np.ndarray, tokens: np.ndarray, out: Tensor) -> None:
+    """out[i, j] = the scale of token tokens[i, j] of sample indices[i], which has it."""
+    shards, rows = store.shard[indices], store.row[indices].astype(np.int64)
+    filled = out.numpy()
+    for number in np.unique(shards).tolist():
+        here, columns = shards == number, store.open_shard(number).columns
+        scale, offsets = columns[f"{store.payload}.scale"], columns.get(f"{store.payload}.offsets")
+        if offsets is not None:
+            filled[here] = scale[offsets[rows[here]].astype(np.int64)[:, None] + tokens[here]]
+        elif scale.ndim == 2:  # one for the whole row
+            filled[here] = scale[rows[here]]
+        else:
+            filled[here] = scale[rows[here][:, None], 0, tokens[here]]
+
+
 def check_row_digests(store: Dataset, indices: np.ndarray, batch: dict[str, Tensor]) -> None:
     """Hold every row of a batch against the xxh3_64 that its shard has of it: 0.6 us for 32 KiB.
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from fastlatent.encoders.diffusers_autoencoders import SHARDS, WEIGHTS, read_config
+from fastlatent.encoders.hub import from_hub, is_hub_id
 
 # Weights in one file or in shards, and what Cosmos keeps its scale in; not the same weights in other formats.
 _HUB_FILES = (
@@ -16,9 +16,6 @@ _HUB_FILES = (
     f"vae/{WEIGHTS.replace('.safetensors', '-*.safetensors')}",
     "scheduler/scheduler_config.json",
 )
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-# Seconds until a hub that does not answer counts as away.
-_HUB_TIMEOUT = 10.0
 
 
 def find_vae(model_id: str, *, near: Path, cache_dir: Path | None = None) -> Path:
@@ -45,8 +42,8 @@ def find_vae(model_id: str, *, near: Path, cache_dir: Path | None = None) -> Pat
             if _missing(folder) is None:
                 return folder
             looked.append(f"{folder}: {_state(folder)}")
-    if _HUB_ID.fullmatch(name) and ".." not in name:
-        found = _from_hub(name, cache_dir, looked)
+    if is_hub_id(name):
+        found = from_hub(name, looked, files=_HUB_FILES, folder="vae", missing=_missing, cache_dir=cache_dir)
         if found is not None:
             return found
     else:
@@ -73,38 +70,3 @@ def _state(folder: Path) -> str:
     if not folder.is_dir():
         return "is a file" if folder.exists() else "does not exist"
     return _missing(folder) or "is complete"
-
-
-def _from_hub(name: str, cache_dir: Path | None, looked: list[str]) -> Path | None:
-    """The autoencoder's folder in the hub's cache, downloaded if need be; what failed is added to `looked`."""
-    try:
-        from huggingface_hub import HfApi, constants, snapshot_download
-    except ImportError:
-        looked.append(f"the hub: {name} needs huggingface_hub: pip install huggingface_hub")
-        return None
-    cache = Path(cache_dir or constants.HF_HUB_CACHE)
-    place = cache / f"models--{name.replace('/', '--')}"
-    for local in (True, False):
-        where = f"the hub's cache, {place}" if local else f"the hub, {name}"
-        if not local and constants.HF_HUB_OFFLINE:
-            looked.append(f"{where}: not asked, HF_HUB_OFFLINE is set")
-            return None
-        try:
-            if not local:  # the download asks the same without a time limit
-                HfApi().model_info(name, timeout=_HUB_TIMEOUT)
-            root = snapshot_download(
-                name,
-                cache_dir=cache,
-                local_files_only=local,
-                allow_patterns=list(_HUB_FILES),
-                etag_timeout=_HUB_TIMEOUT,
-            )
-        except Exception as error:  # of httpx, requests, the hub and the disk: all mean that it is not to be had
-            said = "nothing of this model" if local and not place.exists() else " ".join(str(error).split())[:300]
-            looked.append(f"{where}: {said or type(error).__name__}")
-            continue
-        folder = Path(root) / "vae"
-        if (problem := _missing(folder)) is None:
-            return folder
-        looked.append(f"{where}: vae/ has {problem}")
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fastlatent.encoders.diffusers_autoencoders import (
     weights_folder,
 )
 from fastlatent.encoders.engines.video_step import CompiledStep
+from fastlatent.encoders.video_encode_streaming import ENCODES, Take
 from fastlatent.encoders.video_kinds import (
     VIDEO_KINDS,
     Normalization,
@@ -33,10 +34,12 @@ from fastlatent.encoders.video_kinds import (
     times_std,
 )
 from fastlatent.encoders.video_streaming import STREAMS, UNTILED, WHOLE
-from fastlatent.encoders.weights import tensors_digest
+from fastlatent.encoders.weights import reloaded, tensors_digest
 
 # Cosmos keeps its scale in the scheduler's config; this is the default of its scheduler's class (EDMEulerScheduler).
 COSMOS_SIGMA_DATA = 0.5
+# Where diffusers' DiagonalGaussianDistribution cuts off log-variances.
+LOGVAR = (-30.0, 20.0)
 
 
 class DiffusersVideoAutoencoder:
@@ -47,6 +50,7 @@ class DiffusersVideoAutoencoder:
         kind: its row of VIDEO_KINDS, or what `_image_kind` makes of an image autoencoder.
         normalization: of its latents.
         identity: see `VideoAutoencoder.identity`.
+        reload: loads the same weights in float32, for `upcast`.
         pixel_channels: 1 or 3.
     """
 
@@ -56,6 +60,7 @@ class DiffusersVideoAutoencoder:
         kind: VideoKind,
         normalization: Normalization,
         identity: dict[str, Any],
+        reload: Callable[[], DiffusersVideoAutoencoder],
         pixel_channels: int = 3,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -70,6 +75,7 @@ class DiffusersVideoAutoencoder:
         self.tiles = kind.tiles and self._name not in UNTILED
         self._normalization = normalization
         self._identity = identity
+        self._reload = reload
         self._step: CompiledStep | None = None
 
     def frames(self, latent_frames: int) -> int:
@@ -83,8 +89,9 @@ class DiffusersVideoAutoencoder:
             stride = self.time_stride
             form = f"{stride}·k + 1" if self.kind.first_alone else f"{stride}·k"
             form = f"{2 * stride}·k or {2 * stride}·k + 1" if self.kind.even_whole else form
+            near = max(count, 1)
             raise ValueError(
-                f"{self._name} has videos of {form} frames, {self.frames(max(count, 1))} or {self.frames(count + 1)}, "
+                f"{self._name} has videos of {form} frames, {self.frames(near)} or {self.frames(near + 1)}, "
                 f"got {frames}"
             )
         return count
@@ -145,17 +152,48 @@ class DiffusersVideoAutoencoder:
     def normalization(self) -> dict[str, Any]:
         return self._normalization.numbers()
 
-    @torch.inference_mode()
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(t, h, w) of what a video of this size encodes to.
+
+        Raises:
+            ValueError: a number of frames or a size that it does not take; the message names the nearest that it does.
+        """
+        if self.kind.check:
+            self.kind.check(self.model, (frames, height, width))
+        count, step, fixed = self.latent_frames(frames), self.downsample, self.kind.fixed_size
+        if fixed and (height, width) != (fixed, fixed):
+            raise ValueError(f"{self._name} encodes frames of {fixed}×{fixed} only, got {height}×{width}")
+        if height % step or width % step:
+            near = "×".join(f"{max(round(side / step), 1) * step}" for side in (height, width))
+            raise ValueError(
+                f"{self._name} needs sides that are multiples of {step}, got {height}×{width}; the nearest are {near}"
+            )
+        return count, height // step, width // step
+
     def encode(self, pixels: Tensor) -> Tensor:
         if pixels.ndim != 5 or pixels.shape[1] != self.pixel_channels or not pixels.numel():
             raise ValueError(f"expected pixels [B, {self.pixel_channels}, T, H, W], got {list(pixels.shape)}")
-        self.latent_frames(pixels.shape[2])
-        height, width = pixels.shape[3:]
-        if height % self.downsample or width % self.downsample:
-            raise ValueError(f"{self._name} needs sides that are multiples of {self.downsample}, got {height}×{width}")
-        if self.kind.check:
-            self.kind.check(self.model, (pixels.shape[2], height, width))
-        return self.kind.encode(self.model, pixels.to(self.model.device, self.model.dtype)).float()
+        _, _, frames, height, width = pixels.shape
+        return self.encode_pieces(lambda start, stop: pixels[:, :, start:stop], frames, height, width)
+
+    @torch.inference_mode()
+    def encode_pieces(self, take: Take, frames: int, height: int, width: int) -> Tensor:
+        """`encode`, of pixels that are made when their turn comes.
+
+        take: (start, stop) → pixels [B, channels, n, height, width] in [−1, 1] of these frames, in any dtype, anywhere.
+        """
+        grid = self.latent_shape(frames, height, width)
+        encode = self.kind.encode or ENCODES[self._name]
+
+        def placed(start: int, stop: int) -> Tensor:
+            return take(start, min(stop, frames)).to(self.model.device, self.model.dtype)
+
+        encoded = encode(self.model, placed, frames)
+        assert tuple(encoded.shape[2:]) == grid, (encoded.shape, grid)
+        if self.has_posterior:
+            mean, logvar = encoded.chunk(2, 1)
+            encoded = torch.cat([mean, logvar.clamp(*LOGVAR)], 1)
+        return encoded.float()
 
     @torch.inference_mode()
     def decode(self, raw: Tensor) -> Tensor:
@@ -194,6 +232,10 @@ class DiffusersVideoAutoencoder:
             self.kind.check(self.model, (self.frames(t), h * self.downsample, w * self.downsample))
         return raw.to(self.model.device, self.model.dtype)
 
+    def upcast(self) -> DiffusersVideoAutoencoder:
+        """The same autoencoder in float32, its own copy of the weights; ValueError if its files changed."""
+        return reloaded(self._reload, self._identity)
+
     def identity(self) -> dict[str, Any]:
         return self._identity
 
@@ -206,10 +248,14 @@ def load_video_autoencoder(folder: Path, device: torch.device | str, dtype: torc
     """
     folder = weights_folder(folder)
     name = _class_name(folder)
+
+    def reload() -> DiffusersVideoAutoencoder:
+        return load_video_autoencoder(folder, device, torch.float32)
+
     if name in KINDS:
-        return _of_images(load_folder(folder, device, dtype))
+        return _of_images(load_folder(folder, device, dtype), reload)
     model, stored = load_weights(folder, diffusers_class(name), dtype)
-    return _of_videos(model.to(device), folder, stored)
+    return _of_videos(model.to(device), folder, stored, reload)
 
 
 def video_autoencoder_on_meta(folder: Path, dtype: torch.dtype) -> DiffusersVideoAutoencoder:
@@ -222,9 +268,13 @@ def video_autoencoder_on_meta(folder: Path, dtype: torch.dtype) -> DiffusersVide
     with LOADING, torch.device("meta"):
         model = diffusers_class(name).from_config(read_config(folder))
         nn.Module.to(model, "meta", dtype)  # diffusers' own warns of a loss of precision, and there are no numbers
+
+    def reload() -> DiffusersVideoAutoencoder:
+        return load_video_autoencoder(folder, "cpu", torch.float32)
+
     if name in KINDS:
-        return _of_images(DiffusersAutoencoder(model, "", lambda: load_folder(folder, "cpu", torch.float32)))
-    return _of_videos(model, folder, {})
+        return _of_images(DiffusersAutoencoder(model, "", lambda: load_folder(folder, "cpu", torch.float32)), reload)
+    return _of_videos(model, folder, {}, reload)
 
 
 def _class_name(folder: Path) -> str:
@@ -237,7 +287,9 @@ def _class_name(folder: Path) -> str:
     return name
 
 
-def _of_videos(model: Any, folder: Path, stored: Mapping[str, Tensor]) -> DiffusersVideoAutoencoder:
+def _of_videos(
+    model: Any, folder: Path, stored: Mapping[str, Tensor], reload: Callable[[], DiffusersVideoAutoencoder]
+) -> DiffusersVideoAutoencoder:
     """stored: its tensors as they are in the file; without them, it is on "meta" and has no digest."""
     name, config = type(model).__name__, model.config
     kind = VIDEO_KINDS[name]
@@ -253,10 +305,12 @@ def _of_videos(model: Any, folder: Path, stored: Mapping[str, Tensor]) -> Diffus
         factor = COSMOS_SIGMA_DATA if factor is None else factor
     weights = tensors_digest({key: value for key, value in stored.items() if key not in SCALING}) if stored else ""
     normalization = Normalization(*_statistics(mean, std, kind.latents(config)), factor, kind.inverse)
-    return DiffusersVideoAutoencoder(model, kind, normalization, identity_of(model, weights, SCALING))
+    return DiffusersVideoAutoencoder(model, kind, normalization, identity_of(model, weights, SCALING), reload)
 
 
-def _of_images(autoencoder: DiffusersAutoencoder) -> DiffusersVideoAutoencoder:
+def _of_images(
+    autoencoder: DiffusersAutoencoder, reload: Callable[[], DiffusersVideoAutoencoder]
+) -> DiffusersVideoAutoencoder:
     name, config, image = type(autoencoder.model).__name__, autoencoder.model.config, autoencoder.kind
     if name == "AutoencoderKLFlux2":
         raise ValueError(
@@ -290,17 +344,20 @@ def _of_images(autoencoder: DiffusersAutoencoder) -> DiffusersVideoAutoencoder:
         lambda config: 1,
         inverse,
         image.latents,
-        lambda model, pixels: torch.stack([autoencoder.encode(frame) for frame in pixels.unbind(2)], 2),
+        lambda model, take, frames: torch.stack(
+            [autoencoder.encode(take(i, i + 1)[:, :, 0]) for i in range(frames)], 2
+        ),
         lambda model, latents: torch.cat(list(stream(model, latents, tiles=False)), 2),
         stream,
         posterior=image.posterior,
+        fixed_size=autoencoder.fixed_size,
         first_alone=False,
         image=True,
         tiles=hasattr(autoencoder.model, "use_tiling"),
     )
     normalization = Normalization(*_statistics(mean, std, autoencoder.latent_channels), factor, inverse)
     return DiffusersVideoAutoencoder(
-        autoencoder.model, kind, normalization, autoencoder.identity(), autoencoder.pixel_channels
+        autoencoder.model, kind, normalization, autoencoder.identity(), reload, autoencoder.pixel_channels
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlatent.encoders.video_encode_streaming import Take
 from fastlatent.encoders.video_streaming import STREAMS
 
 # What LTX's pipeline gives a decoder with timestep_conditioning unless it is told otherwise. Its decode_noise_scale is
@@ -64,29 +65,6 @@ def divided(z: Tensor, mean: Any, std: Any, factor: float) -> Tensor:
 
 def reciprocal(z: Tensor, mean: Any, std: Any, factor: float) -> Tensor:
     return 1 / factor * z
-
-
-def _encode_gaussian(model: Any, pixels: Tensor) -> Tensor:
-    posterior = model.encode(pixels, return_dict=False)[0]
-    return torch.cat([posterior.mean, posterior.logvar], 1)
-
-
-def _encode_cosmos(model: Any, pixels: Tensor) -> Tensor:
-    return model.encode(pixels, return_dict=False)[0].mode()
-
-
-def _encode_svd(model: Any, pixels: Tensor) -> Tensor:
-    batch = len(pixels)
-    return _encode_gaussian(model, pixels.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1)).transpose(1, 2)
-
-
-def _encode_one_by_one(model: Any, pixels: Tensor) -> Tensor:
-    return torch.cat([_encode_gaussian(model, one) for one in pixels.split(1)])
-
-
-def _encode_allegro(model: Any, pixels: Tensor) -> Tensor:
-    model.enable_tiling()  # diffusers has nothing else for it, and one video at a time
-    return _encode_one_by_one(model, pixels)
 
 
 def _decode_whole(model: Any, latents: Tensor) -> Tensor:
@@ -146,8 +124,9 @@ def _check_allegro(model: Any, size: tuple[int, int, int]) -> None:
     for name, side, tile, stride in zip(("frames", "height", "width"), size, model.kernel, model.stride, strict=True):
         if side < tile or (side - tile) % stride:
             raise ValueError(
-                f"AutoencoderKLAllegro decodes in tiles of {'×'.join(map(str, model.kernel))} (frames×height×width) "
-                f"that advance by {'×'.join(map(str, model.stride))}: expected {name} {tile} + {stride}·k, got {side}"
+                f"AutoencoderKLAllegro works in tiles of {'×'.join(map(str, model.kernel))} (frames×height×width) "
+                f"that advance by {'×'.join(map(str, model.stride))}: expected {name} {tile} + {stride}·k, got {side}; "
+                f"the nearest is {tile + stride * max(round((side - tile) / stride), 0)}"
             )
 
 
@@ -164,9 +143,10 @@ class VideoKind:
     """What a class of video autoencoders does its own way.
 
     downsample: pixels per latent. time_stride: frames per latent frame. latents: their channels. All from the config.
-    inverse: see Normalization. encode, decode: (model, pixels or latents) → the other. stream: (model, latents, tiles)
-    → chunks, unless STREAMS has it all. posterior: it encodes to a Gaussian, not to a latent. check: (model, (frames,
-    height, width)) → ValueError for sizes that it cannot decode.
+    inverse: see Normalization. encode: (model, take, frames) → mean‖logvar or latents, unless ENCODES has it all.
+    decode: (model, latents) → pixels. stream: (model, latents, tiles) → chunks, unless STREAMS has it all.
+    posterior: it encodes to a Gaussian, not to a latent. fixed_size: the one side that its frames may have, or None.
+    check: (model, (frames, height, width)) → ValueError for sizes that it cannot encode or decode.
     time_first: its pipeline holds [B, t, C, h, w]. packed: its pipeline holds [B, t·h·w, C].
     first_alone: the first latent frame is one frame, so that there are stride·(t − 1) + 1 of them; else stride·t.
     even_whole: an even number of them has no such first one, so that there are stride·t (CogVideoX).
@@ -178,10 +158,11 @@ class VideoKind:
     time_stride: Callable[[Config], int]
     inverse: Callable[[Tensor, Any, Any, float], Tensor]
     latents: Callable[[Config], int] = itemgetter("latent_channels")
-    encode: Callable[[Any, Tensor], Tensor] = _encode_gaussian
+    encode: Callable[[Any, Take, int], Tensor] | None = None
     decode: Callable[[Any, Tensor], Tensor] = _decode_whole
     stream: Callable[..., Iterator[Tensor]] | None = None
     posterior: bool = True
+    fixed_size: int | None = None
     check: Callable[[Any, tuple[int, int, int]], None] | None = None
     time_first: bool = False
     packed: bool = False
@@ -201,9 +182,7 @@ VIDEO_KINDS: dict[str, VideoKind] = {
     ),
     "AutoencoderKLHunyuanVideo": VideoKind(_SPACE, _TIME, divided),
     # The mask of its attention is wrong for two videos at once.
-    "AutoencoderKLHunyuanVideo15": VideoKind(
-        _SPACE, _TIME, divided, encode=_encode_one_by_one, decode=_decode_one_by_one
-    ),
+    "AutoencoderKLHunyuanVideo15": VideoKind(_SPACE, _TIME, divided, decode=_decode_one_by_one),
     # invert_scale_latents concerns the image that conditions CogVideoX-1.5-I2V; the latents of its video are scaled
     # like those of the others.
     "AutoencoderKLCogVideoX": VideoKind(
@@ -219,14 +198,12 @@ VIDEO_KINDS: dict[str, VideoKind] = {
         times_std,
     ),
     "AutoencoderKLAllegro": VideoKind(
-        _halvings("block_out_channels"), _TIME, reciprocal, encode=_encode_allegro, decode=_decode_allegro,
-        check=_check_allegro, first_alone=False, tiles=False,
+        _halvings("block_out_channels"), _TIME, reciprocal, decode=_decode_allegro, check=_check_allegro,
+        first_alone=False, tiles=False,
     ),
-    "AutoencoderKLCosmos": VideoKind(
-        _SPACE, _TIME, times_std, encode=_encode_cosmos, posterior=False
-    ),
+    "AutoencoderKLCosmos": VideoKind(_SPACE, _TIME, times_std, posterior=False),
     "AutoencoderKLTemporalDecoder": VideoKind(
-        _halvings("block_out_channels"), lambda config: 1, reciprocal, encode=_encode_svd, decode=_decode_streamed,
+        _halvings("block_out_channels"), lambda config: 1, reciprocal, decode=_decode_streamed,
         time_first=True, first_alone=False,
     ),
 }  # fmt: skip

@@ -296,7 +296,7 @@ def stream_allegro(model: Any, z: Tensor, *, tiles: bool = True) -> Iterator[Ten
                 part = z[:, :, at[0] : at[0] + kernel[0], at[1] : at[1] + kernel[1], at[2] : at[2] + kernel[2]]
                 pixels = model.decoder(part.contiguous())
                 for dim, index, count, lap in zip((2, 3, 4), (i, j, k), counts, overlap, strict=True):
-                    _fade(pixels, dim, index, count, lap)
+                    fade(pixels, dim, index, count, lap)
                 y, x = model.stride[1] * j, model.stride[2] * k
                 video[:, :, :, y : y + model.kernel[1], x : x + model.kernel[2]] += pixels
                 del pixels
@@ -308,7 +308,7 @@ def stream_allegro(model: Any, z: Tensor, *, tiles: bool = True) -> Iterator[Ten
         yield z.new_zeros((1, model.config.out_channels, left, height, width))
 
 
-def _fade(pixels: Tensor, dim: int, index: int, count: int, overlap: int) -> None:
+def fade(pixels: Tensor, dim: int, index: int, count: int, overlap: int) -> None:
     """Scale what the neighbours of tile `index` of `count` along `dim` cover too, linearly, in place."""
     if overlap <= 0:
         return

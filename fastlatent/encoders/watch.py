@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastlatent.encoders.protocol import Autoencoder
+
+
+class Encoder(Protocol):
+    """What is watched: an autoencoder, a teacher."""
+
+    def encode(self, pixels: Tensor, /) -> Tensor:
+        """A batch → float32 rows."""
+        ...
+
+    def upcast(self) -> Any:
+        """The same in float32."""
+        ...
 
 
 class OverflowWatch:
@@ -17,18 +30,18 @@ class OverflowWatch:
     function of the batch, whatever came before it. Rows that stay non-finite are left so.
 
     Args:
-        vae: gives its float32 copy when the first row overflows; it then takes that much more memory.
+        encoder: gives its float32 copy when the first row overflows; it then takes that much more memory.
         dtype: what `encode` computes in. In float32 nothing is repeated.
-        encode: an engine's; vae.encode without one. float [B, channels, H, W] → float32 moments or latents.
+        encode: an engine's; encoder.encode without one. A batch → float32 rows.
 
     Attributes:
         retried: rows that were encoded again.
     """
 
-    def __init__(self, vae: Autoencoder, dtype: torch.dtype, encode: Callable[[Tensor], Tensor] | None = None) -> None:
-        self._vae = vae
-        self._encode = encode or vae.encode
-        self._full: Autoencoder | None = None
+    def __init__(self, encoder: Encoder, dtype: torch.dtype, encode: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._encoder = encoder
+        self._encode = encode or encoder.encode
+        self._full: Encoder | None = None
         self._half = dtype != torch.float32
         self.retried = 0
 
@@ -45,7 +58,7 @@ class OverflowWatch:
         finite = encoded.flatten(1).isfinite().all(1)
         if finite.all():
             return encoded
-        self._full = self._full or self._vae.upcast()
+        self._full = self._full or self._encoder.upcast()
         self.retried += int((~finite[:count]).sum())
         again = self._full.encode(pixels).to(encoded.device)
         return torch.where(finite.reshape(-1, *[1] * (encoded.ndim - 1)), encoded, again)

@@ -29,7 +29,10 @@ TRANSFORM_RULE = "adm-center-crop-1"
 SHORT_SIDE_RULE = "bilinear-short-side-{}-crop-1"
 NWM_RULE = "nwm-4x3-squash-1"
 BUCKETS_RULE = "buckets-cover-bicubic-1"
-NAMES = ("adm", "center", "random", "nwm", "buckets")
+# The area and aspect ratios that V-JEPA trains with (Bardes et al., 2024); torchvision's areas begin at 0.08.
+AREAS, ASPECTS = (0.3, 1.0), (0.75, 1.35)
+RANDOM_RESIZED_RULE = "random-resized-crop-area-0.3-1-aspect-0.75-1.35-bilinear-1"
+NAMES = ("adm", "center", "random", "random-resized", "nwm", "buckets")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Transform:
 
         Args:
             image: [H, W, 1 to 4] uint8, or float32 in [0, 1]: an array, or a tensor on any device.
-            key: the image's; "random" draws its crop from (seed, key) alone.
+            key: the image's; "random" and "random-resized" draw their crops from (seed, key) alone.
             bucket: of `shape_of`.
 
         Returns:
@@ -83,7 +86,8 @@ class Transform:
             ValueError: shape or dtype is not as above.
         """
         _check_image(f"transform {self.name}", image)
-        return _run(image, self.plan(image.shape[0], image.shape[1], key, bucket))
+        plan = self.plan(image.shape[0], image.shape[1], key, bucket)
+        return run_plan(image, plan), plan.crop()
 
     def plan(self, height: int, width: int, key: str, bucket: int = 0) -> Plan:
         """What `apply` does to an image of this size."""
@@ -93,6 +97,8 @@ class Transform:
             return _center_plan(height, width, self.size)
         if self.name == "random":
             return _random_plan(height, width, self.size, self.seed, key)
+        if self.name == "random-resized":
+            return _random_resized_plan(height, width, self.size, self.seed, key)
         if self.name == "nwm":
             return _nwm_plan(height, width, self.size)
         return _buckets_plan(height, width, self.shapes[bucket])
@@ -100,7 +106,7 @@ class Transform:
     def settings(self) -> dict[str, Any]:
         """What provenance records, and what must not change within a dataset."""
         settings: dict[str, Any] = {"rule": self.rule, "size": self.size}
-        if self.name == "random":
+        if self.name in ("random", "random-resized"):
             settings["seed"] = self.seed
         if self.name == "buckets":
             settings["shapes"] = [list(shape) for shape in self.shapes]
@@ -121,8 +127,28 @@ def transform_name(settings: dict[str, Any]) -> str:
 
 
 def _rule(name: str) -> str:
-    rules = {"adm": TRANSFORM_RULE, "nwm": NWM_RULE, "buckets": BUCKETS_RULE}
+    rules = {
+        "adm": TRANSFORM_RULE, "random-resized": RANDOM_RESIZED_RULE, "nwm": NWM_RULE, "buckets": BUCKETS_RULE
+    }  # fmt: skip
     return rules.get(name) or SHORT_SIDE_RULE.format(name)
+
+
+def transform_of(settings: dict[str, Any]) -> Transform:
+    """The transform with these `Transform.settings`: their inverse.
+
+    Raises:
+        ValueError: their rule is none of ours, or what it needs is not there.
+    """
+    name = transform_name(settings)
+    try:
+        size, seed = int(settings["size"]), int(settings.get("seed", 0))
+        shapes = tuple((int(height), int(width)) for height, width in settings.get("shapes") or [(size, size)])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"transform: expected settings of {settings['rule']}, got {settings!r:.200}") from None
+    transform = Transform(name=name, rule=_rule(name), size=size, seed=seed, shapes=shapes)
+    if transform.settings() != settings:
+        raise ValueError(f"transform: expected settings like {transform.settings()}, got {settings!r:.200}")
+    return transform
 
 
 def open_transform(name: str, size: int, *, seed: int = 0, multiple: int = 8) -> Transform:
@@ -132,6 +158,9 @@ def open_transform(name: str, size: int, *, seed: int = 0, multiple: int = 8) ->
     - "center", "random": the shorter side to `size` by the bilinear filter, the longer one to int(size * long / short),
       as torchvision's Resize does with PIL images (antialiased; smaller images are enlarged); then size x size cut from
       the centre as CenterCrop does, or at a place drawn from (seed, key) by XXH3.
+    - "random-resized": torchvision's RandomResizedCrop: a box of 0.3 to 1 of the image's area (uniform) and a ratio of
+      width to height of 0.75 to 1.35 (uniform in its logarithm), rounded, at a uniform place; the first of ten draws
+      that fits, else the largest box in the centre within those ratios; by the bilinear filter to size x size.
     - "nwm": the navigation world models' crop to 4:3 around the centre, then the bilinear filter to size x size, which
       squashes. Landscapes narrower than 4:3 lose rows; the published code pads them with black columns instead.
     - "buckets": the bucket with the nearest ratio of sides; resized to cover it by the bicubic filter in one step, and
@@ -141,7 +170,7 @@ def open_transform(name: str, size: int, *, seed: int = 0, multiple: int = 8) ->
 
     Args:
         size: pixels of a side, or the square root of a bucket's area.
-        seed: of "random", 0 to 2^64 - 1.
+        seed: of "random" and "random-resized", 0 to 2^64 - 1.
         multiple: what sides must be multiples of: the autoencoder's.
 
     Raises:
@@ -201,7 +230,8 @@ def center_crop(image: Pixels, size: int) -> tuple[Pixels, np.ndarray]:
     if size < 1:
         raise ValueError(f"center_crop: expected a size of at least 1 pixel, got {size}")
     height, width = image.shape[:2]
-    return _run(image, _adm_plan(height, width, size))
+    plan = _adm_plan(height, width, size)
+    return run_plan(image, plan), plan.crop()
 
 
 def _adm_plan(height: int, width: int, size: int) -> Plan:
@@ -231,15 +261,34 @@ def _center_plan(height: int, width: int, size: int) -> Plan:
     return Plan((0, 0, height, width), ((*resized, "bilinear"),), (top, left, size, size))
 
 
+def _words(text: str, seed: int) -> tuple[int, int]:
+    """Two numbers of 64 bits. Keys may hold the surrogates of names that are no UTF-8."""
+    word = xxhash.xxh3_128_intdigest(text.encode("utf-8", "surrogatepass"), seed=seed)
+    return word >> 64, word & (2**64 - 1)
+
+
 def _random_plan(height: int, width: int, size: int, seed: int, key: str) -> Plan:
     resized = _short_side(height, width, size)
-    # Keys may hold the surrogates of names that are no UTF-8. A 64-bit word for each offset.
-    word = xxhash.xxh3_128_intdigest(key.encode("utf-8", "surrogatepass"), seed=seed)
-    top, left = (
-        (part * (length - size + 1)) >> 64
-        for part, length in zip((word >> 64, word & (2**64 - 1)), resized, strict=True)
-    )
+    top, left = ((word * (length - size + 1)) >> 64 for word, length in zip(_words(key, seed), resized, strict=True))
     return Plan((0, 0, height, width), ((*resized, "bilinear"),), (top, left, size, size))
+
+
+def _random_resized_plan(height: int, width: int, size: int, seed: int, key: str) -> Plan:
+    low, high = (math.log(aspect) for aspect in ASPECTS)
+    for attempt in range(10):
+        # 53 bits: what a float64 in [0, 1) holds.
+        area, aspect = ((word >> 11) * 2.0**-53 for word in _words(f"box {attempt} of {key}", seed))
+        area = height * width * (AREAS[0] + (AREAS[1] - AREAS[0]) * area)
+        aspect = math.exp(low + (high - low) * aspect)
+        rows, columns = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < rows <= height and 0 < columns <= width:
+            places = _words(f"place {attempt} of {key}", seed)
+            top, left = (places[0] * (height - rows + 1)) >> 64, (places[1] * (width - columns + 1)) >> 64
+            break
+    else:
+        rows, columns = min(height, round(width / ASPECTS[0])), min(width, round(height * ASPECTS[1]))
+        top, left = (height - rows) // 2, (width - columns) // 2
+    return Plan((top, left, rows, columns), ((size, size, "bilinear"),), (0, 0, size, size))
 
 
 def _nwm_plan(height: int, width: int, size: int) -> Plan:
@@ -261,7 +310,8 @@ def _buckets_plan(height: int, width: int, shape: tuple[int, int]) -> Plan:
     return Plan((0, 0, height, width), ((*resized, "bicubic"),), (top, left, rows, columns))
 
 
-def _run(image: Pixels, plan: Plan) -> tuple[Pixels, np.ndarray]:
+def run_plan(image: Pixels, plan: Plan) -> Pixels:
+    """The pixels [height, width, C] of the plan's window; the image as of `Transform.apply`, of the plan's size."""
     if isinstance(image, np.ndarray):
         whole = np.ascontiguousarray(image)  # torch takes no negative strides
         pixels = torch.from_numpy(whole if whole.flags.writeable else _as_writable(whole))
@@ -278,7 +328,7 @@ def _run(image: Pixels, plan: Plan) -> tuple[Pixels, np.ndarray]:
     )
     if pixels.dtype == torch.float32:
         pixels.clamp_(0, 1)  # bicubic overshoots
-    return (pixels.numpy() if isinstance(image, np.ndarray) else pixels), plan.crop()
+    return pixels.numpy() if isinstance(image, np.ndarray) else pixels
 
 
 def _as_writable(array: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,7 +20,38 @@ from fastlatent.sources.items import RAGGED, Column, Item, Source
 
 # Compared in lower case. The eight of ImageFolder, .tiff and .exr; what a file really holds is decided at decoding.
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".exr"))
+VIDEO_EXTENSIONS = frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts"))
 CAPTION = Column("caption", "U8", (RAGGED,))
+
+
+@dataclass(frozen=True)
+class Medium:
+    """What a scan looks for.
+
+    noun: what messages call one. suffixes: of its files, in lower case. other: what to do with `other_suffixes` where
+    there is nothing but those.
+    """
+
+    noun: str
+    suffixes: frozenset[str]
+    other_suffixes: frozenset[str]
+    other: str
+
+    def has(self, path: str) -> bool:
+        """Whether it is named like one."""
+        return os.path.splitext(path)[1].lower() in self.suffixes
+
+    def instead(self, suffixes: Iterable[str]) -> str:
+        """The end of a message that says that there is none, given the suffixes of what is there; mostly ""."""
+        return f"; it {self.other}" if self.other_suffixes & set(suffixes) else ""
+
+
+IMAGES = Medium(
+    "image", EXTENSIONS, VIDEO_EXTENSIONS, "holds videos: fastlatent encode --vae with a video VAE, or --teacher"
+)
+VIDEOS = Medium(
+    "video", VIDEO_EXTENSIONS, EXTENSIONS, "holds images: frames of clips have to lie in one folder each, --kind frames"
+)
 
 
 def scan_image_folder(root: str | os.PathLike[str] | bytes, *, captions: str | None = None) -> Source:
@@ -38,29 +71,37 @@ def scan_image_folder(root: str | os.PathLike[str] | bytes, *, captions: str | N
         ValueError: root is missing, no folder or cannot be listed; it holds no image that can be read, or images both
             directly and in class folders; `captions` is no suffix of text files.
     """
+    return scan_folder(root, IMAGES, captions)
+
+
+def scan_folder(root: str | os.PathLike[str] | bytes, medium: Medium, captions: str | None) -> Source:
+    """`scan_image_folder` for the files of any medium."""
     sidecar = caption_suffix(captions)
     files = open_files(root)
-    listing = _list(files)
+    listing = list_folder(
+        files, medium.noun, f"one sub-folder of {medium.noun}s per class, or a folder of {medium.noun}s"
+    )
     folders = set(listing.folders)
-    left_out = {path: why for path, why in listing.left_out.items() if path in folders or is_image(path)}
+    left_out = {path: why for path, why in listing.left_out.items() if path in folders or medium.has(path)}
     classes = [name for name in listing.folders if "/" not in name]
-    label = _labels(listing.keys, classes)
-    images = listing.keys.ending(EXTENSIONS)
-    if not _has_classes(files, listing.keys, images & (label < 0), images & (label >= 0), set(left_out) - folders):
+    label = class_labels(listing.keys, classes)
+    wanted = listing.keys.ending(medium.suffixes)
+    direct, below = wanted & (label < 0), wanted & (label >= 0)
+    if not _has_classes(files, medium, listing.keys, direct, below, set(left_out) - folders):
         classes, label = [], np.full(len(label), -1)
-    good = np.flatnonzero(images)
-    others = listing.keys.select(np.flatnonzero(~images)).texts()
+    good = np.flatnonzero(wanted)
+    others = listing.keys.select(np.flatnonzero(~wanted)).texts()
     texts: dict[str, str] = {}
     if sidecar:
         texts, faults = _read_captions(files, listing, listing.keys.select(good).texts(), others, sidecar)
         if not texts and not faults:
             raise ValueError(
-                f"captions {captions!r}: no image of {files.root!r} has a {sidecar} file of its stem beside it"
+                f"captions {captions!r}: no {medium.noun} of {files.root!r} has a {sidecar} file of its stem beside it"
             )
         left_out |= faults
         good = good[[path not in faults for path in listing.keys.select(good).texts()]]
     if not len(good):
-        raise ValueError(_no_image(files, listing, left_out))
+        raise ValueError(_nothing(files, medium, listing, left_out))
     keys = listing.keys.select(good)
     captions_of = [texts.get(_beside(key, sidecar), "") for key in keys.texts()] if sidecar else None
     return Source(
@@ -75,27 +116,29 @@ def scan_image_folder(root: str | os.PathLike[str] | bytes, *, captions: str | N
 
 def is_image(path: str) -> bool:
     """Whether it is named like an image."""
-    return os.path.splitext(path)[1].lower() in EXTENSIONS
+    return IMAGES.has(path)
 
 
 def _read(files: Files, item: Item) -> bytes:
     return files.read(item.key)
 
 
-def _list(files: Files) -> Listing:
+def list_folder(files: Files, noun: str, expected: str) -> Listing:
+    """Everything below the root.
+
+    Raises:
+        ValueError: it is no folder, or cannot be listed.
+    """
     if not files.is_dir():
         problem = "is a file" if files.exists() else "does not exist"
-        raise ValueError(
-            f"image folder {files.root!r} {problem}; expected a folder with one sub-folder of images per class, "
-            "or a folder of images"
-        )
+        raise ValueError(f"{noun} folder {files.root!r} {problem}; expected a folder with {expected}")
     try:
         return files.listing()
     except OSError as error:
-        raise ValueError(f"image folder {files.root!r} cannot be listed: {error.strerror or error}") from None
+        raise ValueError(f"{noun} folder {files.root!r} cannot be listed: {error.strerror or error}") from None
 
 
-def _labels(keys: Keys, classes: list[str]) -> np.ndarray:
+def class_labels(keys: Keys, classes: list[str]) -> np.ndarray:
     """int64 [N]: the class whose folder a path begins with, -1 for what lies in the root itself."""
     label = np.full(len(keys), -1, np.int64)
     for i, name in enumerate(classes):
@@ -104,30 +147,33 @@ def _labels(keys: Keys, classes: list[str]) -> np.ndarray:
     return label
 
 
-def _has_classes(files: Files, keys: Keys, direct: np.ndarray, below: np.ndarray, broken: set[str]) -> bool:
-    """Whether the images lie in class folders; what cannot be read counts like the rest."""
+def _has_classes(
+    files: Files, medium: Medium, keys: Keys, direct: np.ndarray, below: np.ndarray, broken: set[str]
+) -> bool:
+    """Whether the files lie in class folders; what cannot be read counts like the rest."""
     in_root = [os.fsdecode(keys.raw(i)) for i in np.flatnonzero(direct)[:1]] + sorted(p for p in broken if "/" not in p)
     in_class = [os.fsdecode(keys.raw(i)) for i in np.flatnonzero(below)[:1]] + sorted(p for p in broken if "/" in p)
     if in_root and in_class:
         raise ValueError(
-            f"image folder {files.root!r} holds images both directly ({in_root[0]!r}) and in sub-folders "
-            f"({in_class[0]!r}), so their classes are unclear; move the former into a class folder, "
+            f"{medium.noun} folder {files.root!r} holds {medium.noun}s both directly ({in_root[0]!r}) and in "
+            f"sub-folders ({in_class[0]!r}), so their classes are unclear; move the former into a class folder, "
             "or pass the sub-folders' root alone"
         )
     return not in_root
 
 
-def _no_image(files: Files, listing: Listing, left_out: dict[str, str]) -> str:
+def _nothing(files: Files, medium: Medium, listing: Listing, left_out: dict[str, str]) -> str:
     first = next(iter(sorted(left_out)), None)
     if first is not None:
         return (
-            f"image folder {files.root!r} holds no image that can be read: {len(left_out)} cannot; the first is "
-            f"{first!r}: {left_out[first]}"
+            f"{medium.noun} folder {files.root!r} holds no {medium.noun} that can be read: {len(left_out)} cannot; "
+            f"the first is {first!r}: {left_out[first]}"
         )
     count = sum("/" not in name for name in listing.folders)
+    suffixes = {os.path.splitext(path)[1].lower() for path in listing.keys.texts()}
     return (
-        f"image folder {files.root!r} holds no image; looked for {' '.join(sorted(EXTENSIONS))} (any case) "
-        f"in it and in its {count} sub-folders"
+        f"{medium.noun} folder {files.root!r} holds no {medium.noun}; looked for {' '.join(sorted(medium.suffixes))} "
+        f"(any case) in it and in its {count} sub-folders{medium.instead(suffixes)}"
     )
 
 
@@ -136,9 +182,9 @@ def caption_suffix(captions: str | None) -> str:
     if captions is None:
         return ""
     suffix = f".{captions.removeprefix('.')}"
-    if suffix == "." or "/" in suffix or is_image(f"a{suffix}"):
+    if suffix == "." or "/" in suffix or IMAGES.has(f"a{suffix}") or VIDEOS.has(f"a{suffix}"):
         raise ValueError(
-            f"captions: expected the suffix of text files beside the images, such as txt, got {captions!r}"
+            f"captions: expected the suffix of text files beside the images or videos, such as txt, got {captions!r}"
         )
     return suffix
 
@@ -148,11 +194,11 @@ def _beside(key: str, sidecar: str) -> str:
 
 
 def _read_captions(
-    files: Files, listing: Listing, images: list[str], others: list[str], sidecar: str
+    files: Files, listing: Listing, good: list[str], others: list[str], sidecar: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The text of every sidecar that an image has; and the images whose sidecar cannot be used -> why."""
+    """The text of every sidecar that a file has; and the files whose sidecar cannot be used -> why."""
     there = {*others, *listing.left_out}
-    wanted = sorted({_beside(image, sidecar) for image in images} & there, key=os.fsencode)
+    wanted = sorted({_beside(one, sidecar) for one in good} & there, key=os.fsencode)
     texts: dict[str, str] = {}
     faults: dict[str, str] = {}
     for path, text in zip(wanted, read_each(wanted, partial(_read_caption, files, listing)), strict=True):
@@ -160,7 +206,7 @@ def _read_captions(
             texts[path] = text
         else:
             faults[path] = f"its caption {path}: {getattr(text, 'strerror', None) or text}"
-    return texts, {one: faults[path] for one in images if (path := _beside(one, sidecar)) in faults}
+    return texts, {one: faults[path] for one in good if (path := _beside(one, sidecar)) in faults}
 
 
 def _read_caption(files: Files, listing: Listing, path: str) -> str:

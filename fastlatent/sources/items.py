@@ -25,7 +25,7 @@ def _nothing() -> Mapping[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image.
+    """One image or video.
 
     key: relative POSIX path, unique in the source. Bytes of a name that are no UTF-8 appear as surrogates
         (os.fsdecode), so os.fsencode(key) gives the name's exact bytes back.

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from fastlatent.sources.arrow_files import SUFFIXES as TABLE_SUFFIXES
-from fastlatent.sources.files import open_files
-from fastlatent.sources.image_folder import is_image, scan_image_folder
+from fastlatent.sources.files import Files, open_files
+from fastlatent.sources.frame_folders import scan_frame_folders
+from fastlatent.sources.image_folder import EXTENSIONS, VIDEO_EXTENSIONS, VIDEOS, is_image, scan_image_folder
 from fastlatent.sources.items import Source
 from fastlatent.sources.manifest import scan_manifest
+from fastlatent.sources.ssv2 import SPLITS, list_paths, scan_ssv2
 from fastlatent.sources.tables import DESCRIPTIONS, scan_table
 from fastlatent.sources.tars import COMPRESSED, scan_tars
 from fastlatent.sources.trajectories import POSES, holds_trajectories, scan_trajectories
+from fastlatent.sources.video_folder import scan_video_folder
 
-# kind -> how to scan it, and the options it knows
-KINDS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
-    "manifest": (scan_manifest, ("split", "captions", "conditions", "root")),
-    "tars": (scan_tars, ("captions",)),
-    "table": (scan_table, ("split", "captions")),
-    "trajectories": (scan_trajectories, ("names",)),
-    "images": (scan_image_folder, ("captions",)),
+# medium -> kind -> how to scan it, and the options it knows
+KINDS: dict[str, dict[str, tuple[Callable[..., Source], tuple[str, ...]]]] = {
+    "images": {
+        "manifest": (scan_manifest, ("split", "captions", "conditions", "root")),
+        "tars": (scan_tars, ("captions",)),
+        "table": (scan_table, ("split", "captions")),
+        "trajectories": (scan_trajectories, ("names",)),
+        "images": (scan_image_folder, ("captions",)),
+    },
+    "videos": {
+        "ssv2": (scan_ssv2, ("split",)),
+        "tars": (partial(scan_tars, medium=VIDEOS), ("captions",)),
+        "videos": (scan_video_folder, ("captions",)),
+        "frames": (scan_frame_folders, ()),
+    },
 }
 
 
@@ -34,6 +46,7 @@ FLAGS = {
 def open_source(
     source: str | os.PathLike[str],
     *,
+    media: str = "images",
     kind: str = "auto",
     split: str | None = None,
     names: str | os.PathLike[str] | None = None,
@@ -41,26 +54,34 @@ def open_source(
     conditions: str = "none",
     root: str | None = None,
 ) -> Source:
-    """List what `source` holds, as the scan function of its kind does: one of KINDS, or "auto" for `kind_of(source)`.
+    """List what `source` holds, as the scan function of its kind does: one of KINDS[media], or "auto" for
+    `kind_of(source, media)`.
 
     Args:
-        split: of a manifest or a table. names: file with names of trajectories. root: where a manifest's paths start.
-        captions: suffix of text files (images, tars), text column (table), or key of the metadata (manifest).
+        media: "images" or "videos".
+        split: of a manifest, a table or ssv2. names: file with names of trajectories. root: where a manifest's paths
+            start.
+        captions: suffix of text files (images, videos, tars), text column (table), or key of the metadata (manifest).
         conditions: "temperature:1,wind:3,wind_mag:1", of a manifest; "none" or "" for none.
 
     Raises:
-        ValueError: an unknown kind, an option that this kind has no use for, or what the scan raises.
+        ValueError: a kind that this medium does not have, an option that this kind has no use for, or what the scan
+            raises.
     """
-    if kind != "auto" and kind not in KINDS:
-        raise ValueError(f"kind: expected auto, {', '.join(KINDS)}, got {kind!r}")
-    chosen = kind_of(source) if kind == "auto" else kind
-    scan, known = KINDS[chosen]
+    assert media in KINDS, media
+    kinds = KINDS[media]
+    if kind != "auto" and kind not in kinds:
+        raise ValueError(f"kind: expected auto, {', '.join(kinds)} for {media}, got {kind!r}")
+    chosen = kind_of(source, media) if kind == "auto" else kind
+    scan, known = kinds[chosen]
     wanted = None if conditions in ("", "none") else conditions
     options = {"split": split, "names": names, "captions": captions, "conditions": wanted, "root": root}
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in known:
-            users = ", ".join(one for one, (_, options_of) in KINDS.items() if name in options_of)
+            users = (
+                ", ".join(one for one, (_, options_of) in kinds.items() if name in options_of) or "sources of images"
+            )
             raise ValueError(
                 f"{FLAGS[name]} {given[name]!r} means nothing for {os.fsdecode(source)!r}, which is of kind {chosen}; "
                 f"it is for {users}. Leave it out, or say --kind if {chosen} is wrong"
@@ -68,8 +89,8 @@ def open_source(
     return scan(source, **given)
 
 
-def kind_of(source: str | os.PathLike[str]) -> str:
-    """The first that fits:
+def kind_of(source: str | os.PathLike[str], media: str = "images") -> str:
+    """The first that fits; of images:
 
     1. "manifest": a .json or .jsonl file.
     2. "tars": a .tar file, or a folder with .tar files and neither images nor tables at any depth.
@@ -78,10 +99,20 @@ def kind_of(source: str | os.PathLike[str]) -> str:
     4. "trajectories": a folder with a folder that holds traj_data.pkl.
     5. "images": everything else.
 
+    Of videos:
+
+    1. "tars": a .tar file.
+    2. "ssv2": a folder with one of the lists of Something-Something V2.
+    3. "videos": a folder with videos at any depth; or no folder at all.
+    4. "tars": a folder with .tar files at any depth.
+    5. "frames": a folder with images at any depth.
+
     Raises:
-        ValueError: a URL that cannot be opened or listed.
+        ValueError: a URL that cannot be opened or listed; a source without videos.
     """
     source = os.fsdecode(source)
+    if media == "videos":
+        return _kind_of_videos(source)
     name = source.partition("::")[0].rstrip("/").lower()
     remote = "://" in source
     if remote or not os.path.isdir(source):
@@ -107,6 +138,37 @@ def kind_of(source: str | os.PathLike[str]) -> str:
         return "table"
     poses = any(p.count("/") == 1 and p.endswith(f"/{POSES}") for p in paths) if remote else holds_trajectories(source)
     return "trajectories" if poses else "images"
+
+
+def _kind_of_videos(source: str) -> str:
+    name = source.partition("::")[0].rstrip("/").lower()
+    files = open_files(source)
+    if not files.is_dir():
+        if name.endswith((".tar", *COMPRESSED)):
+            return "tars"
+        if name.endswith((".json", ".jsonl", *TABLE_SUFFIXES)):
+            raise _no_videos(files, "manifests and tables are of images")
+        return "videos"
+    try:
+        listing = files.listing()
+    except OSError as error:
+        raise ValueError(f"{source!r} cannot be listed: {error.strerror or error}") from None
+    keys = listing.keys
+    if any(keys.find(path) >= 0 for split in SPLITS for path in list_paths(split)):
+        return "ssv2"
+    for kind, suffixes in ("videos", VIDEO_EXTENSIONS), ("tars", (".tar", *COMPRESSED)), ("frames", EXTENSIONS):
+        if keys.ending(suffixes).any():
+            return kind
+    if listing.left_out:
+        return "videos"  # whose scan says why they cannot be read
+    raise _no_videos(files, f"none of the {len(keys):,} files below it is one")
+
+
+def _no_videos(files: Files, why: str) -> ValueError:
+    return ValueError(
+        f"{files.root!r}: expected videos, and {why}. Videos come as a folder of videos "
+        f"({' '.join(sorted(VIDEO_EXTENSIONS))}), Something-Something V2 with its lists, folders of frames, or tars"
+    )
 
 
 def _held(paths: Iterable[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""WebDataset tars: `00000.tar` with a.jpg, a.txt, a.cls, b.jpg …; local or behind a URL. Torch-free."""
+"""WebDataset tars: `00000.tar` with a.jpg (or a.mp4), a.txt, a.cls, b.jpg …; local or behind a URL. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import xxhash
 
 from fastlatent.sources.columnar import ItemTable, Keys
 from fastlatent.sources.files import MAX_TEXT, Files, Found, open_beside, open_files, read_each, read_text
-from fastlatent.sources.image_folder import CAPTION, EXTENSIONS, caption_suffix, is_image
+from fastlatent.sources.image_folder import CAPTION, IMAGES, Medium, caption_suffix
 from fastlatent.sources.items import Item, Source
 from fastlatent.sources.tar_members import DamagedTar, Member, Window, members
 
@@ -26,7 +26,7 @@ Place = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """An image of an archive: its name and place there, and what comes with it. label -1, caption None: not given."""
+    """A file of an archive: its name and place there, and what comes with it. label -1, caption None: not given."""
 
     name: str
     offset: int
@@ -53,7 +53,7 @@ class _Parts:
     twice: str = ""
 
 
-def scan_tars(root: Place | Sequence[Place], *, captions: str | None = None) -> Source:
+def scan_tars(root: Place | Sequence[Place], *, captions: str | None = None, medium: Medium = IMAGES) -> Source:
     """List the images in uncompressed tars, reading headers, captions and labels only.
 
     A sample is the members of a tar whose names agree up to the first dot of the last part: a.jpg, a.txt, a.cls. Its
@@ -66,6 +66,7 @@ def scan_tars(root: Place | Sequence[Place], *, captions: str | None = None) -> 
     Args:
         root: a folder with *.tar at any depth, one tar, or several; paths, or URLs of one file system.
         captions: suffix of the text members (txt), or a key of .json members. None: no captions.
+        medium: VIDEOS takes the videos instead, by the same rules.
 
     Raises:
         ValueError: nothing there, a compressed tar, no image that can be read, no caption where `captions` is given.
@@ -74,7 +75,9 @@ def scan_tars(root: Place | Sequence[Place], *, captions: str | None = None) -> 
     files, archives, left_out, ignored = _archives(root)
     by_path = {one.path: one for one in archives}
     found: list[tuple[bytes, str, _Sample]] = []
-    for path, contents in zip(by_path, read_each(by_path, partial(_look, files, by_path, captions)), strict=True):
+    for path, contents in zip(
+        by_path, read_each(by_path, partial(_look, files, by_path, captions, medium)), strict=True
+    ):
         if isinstance(contents, OSError):
             left_out[path] = f"cannot be read: {contents.strerror or contents}"
         elif isinstance(contents, Exception):
@@ -85,9 +88,10 @@ def scan_tars(root: Place | Sequence[Place], *, captions: str | None = None) -> 
             found += [(os.fsencode(f"{path}/{one.name}"), path, one) for one in contents.samples]
     if not found:
         first = next((f"; the first of what was left out is {name!r}: {why}" for name, why in left_out.items()), "")
-        raise ValueError(f"{_shown(root)}: no image in {len(archives)} tars{first}")
+        first += medium.instead(ignored)
+        raise ValueError(f"{_shown(root)}: no {medium.noun} in {len(archives)} tars{first}")
     found.sort(key=lambda one: one[0])
-    return _source(files, by_path, found, captions, left_out, ignored)
+    return _source(files, by_path, found, captions, left_out, ignored, medium.noun)
 
 
 def _source(
@@ -97,12 +101,15 @@ def _source(
     captions: str | None,
     left_out: dict[str, str],
     ignored: Counter[str],
+    noun: str,
 ) -> Source:
     samples = [one for _, _, one in found]
     label = np.array([one.label for one in samples], np.int64)
     with_text = any(one.caption is not None for one in samples)
     if captions is not None and not with_text:
-        raise ValueError(f"captions {captions!r}: no image of {files.root!r} has such a member, or such a key in .json")
+        raise ValueError(
+            f"captions {captions!r}: no {noun} of {files.root!r} has such a member, or such a key in .json"
+        )
     table = ItemTable(
         Keys.of([key for key, _, _ in found]),
         np.array([one.size for one in samples], np.uint64),
@@ -164,7 +171,7 @@ def _archives(root: Place | Sequence[Place]) -> tuple[Files, list[Found], dict[s
     if compressed:
         raise ValueError(
             f"{files.place(compressed[0])}: expected uncompressed tars: the members of a compressed one cannot be read "
-            "one by one. Uncompress it; the images in it are compressed already"
+            "one by one. Uncompress it; the images or videos in it are compressed already"
         )
     found = [one for one in listing if one.path.lower().endswith(".tar")]
     left_out = {path: why for path, why in listing.left_out.items() if path.lower().endswith(".tar")}
@@ -199,7 +206,7 @@ def _stat(files: Files, path: str) -> Found:
         raise ValueError(f"{files.place(path)}: expected a tar, got: {error.strerror or error}") from None
 
 
-def _look(files: Files, archives: dict[str, Found], captions: str | None, path: str) -> _Contents:
+def _look(files: Files, archives: dict[str, Found], captions: str | None, medium: Medium, path: str) -> _Contents:
     """Index one archive.
 
     Raises:
@@ -231,11 +238,11 @@ def _look(files: Files, archives: dict[str, Found], captions: str | None, path: 
                 parts.texts[suffix] = window.read(member.offset, min(member.size, MAX_TEXT + 1))
     except DamagedTar as error:
         contents.left_out[""] = f"{error}; what comes before is used" if samples else str(error)
-        for image in _images(samples.get(last, _Parts())):
-            contents.left_out[image] = "its tar cannot be read on from here, and may hold more of this sample"
+        for name in _wanted(samples.get(last, _Parts()), medium):
+            contents.left_out[name] = "its tar cannot be read on from here, and may hold more of this sample"
         samples.pop(last, None)
     for parts in samples.values():
-        _add(contents, parts, captions)
+        _add(contents, parts, captions, medium)
     return contents
 
 
@@ -251,25 +258,25 @@ def _unusable(name: str, member: Member) -> str | None:
     return f"{member.kind}: expected a file" if member.kind else None
 
 
-def _images(parts: _Parts) -> list[str]:
-    whole = [name for suffix, (name, _) in parts.members.items() if f".{suffix}" in EXTENSIONS]
-    return whole or [name for name, _ in parts.members.values() if is_image(name)]
+def _wanted(parts: _Parts, medium: Medium) -> list[str]:
+    whole = [name for suffix, (name, _) in parts.members.items() if f".{suffix}" in medium.suffixes]
+    return whole or [name for name, _ in parts.members.values() if medium.has(name)]
 
 
-def _add(contents: _Contents, parts: _Parts, captions: str | None) -> None:
-    images = _images(parts)
+def _add(contents: _Contents, parts: _Parts, captions: str | None, medium: Medium) -> None:
+    wanted = _wanted(parts, medium)
     try:
-        if images and parts.twice:
+        if wanted and parts.twice:
             raise ValueError(f"{parts.twice} is in its tar twice")
-        if len(images) > 1:
-            raise ValueError(f"one sample of {len(images)} images: {', '.join(images)}")
+        if len(wanted) > 1:
+            raise ValueError(f"one sample of {len(wanted)} {medium.noun}s: {', '.join(wanted)}")
         label, caption = _label(parts), _caption(parts, captions)
     except ValueError as error:
-        contents.left_out |= dict.fromkeys(images, str(error))
+        contents.left_out |= dict.fromkeys(wanted, str(error))
         return
-    used = {"cls", *([captions.lower(), "json"] if captions else [])} if images else set()
+    used = {"cls", *([captions.lower(), "json"] if captions else [])} if wanted else set()
     for suffix, (name, member) in parts.members.items():
-        if name in images:
+        if name in wanted:
             contents.samples.append(_Sample(name, member.offset, member.size, label, caption))
         elif suffix not in used:
             contents.ignored[os.path.splitext(name)[1].lower()] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from fastlatent.store.shard import Shard
 from fastlatent.store.statistics import Statistics
 
 PROVENANCE = "provenance.json"
+RATE_SHARDS = 32  # that the speed of a running encode is told from
 GENERATION = "generation"  # holds a copy of every generation's dataset.json
 # index column -> (dtype in the file, sizes after the row axis)
 INDEX_COLUMNS = {
@@ -257,7 +259,8 @@ class BuildState:
     """How far an encode is: of the plan of the coming generation, or zeros while files are being read.
 
     `bytes` and `statistics` are those of the finished shards (None where there is none); `shapes` are those of the
-    rows, [F, 2C, H, W]; `writer` is "pid N on HOST", None where the encode was interrupted.
+    rows, [F, 2C, H, W]; `writer` is "pid N on HOST", None where the encode was interrupted; `rows_per_second` is told
+    from the last shards, None where fewer than two are finished.
     """
 
     planned_units: int
@@ -270,6 +273,7 @@ class BuildState:
     statistics: Statistics | None
     writer: str | None
     last_generation: int | None
+    rows_per_second: float | None
 
 
 def build_state(path: Path | str) -> BuildState | None:
@@ -301,7 +305,22 @@ def build_state(path: Path | str) -> BuildState | None:
         statistics=functools.reduce(Statistics.merge, parts) if parts else None,
         writer=writer,
         last_generation=last,
+        rows_per_second=_rate([(path / one.shard.path, one.shard.rows) for one in done if one.shard]),
     )
+
+
+def _rate(shards: list[tuple[Path, int]]) -> float | None:
+    """Rows per second over the last shards, by when they were written; pauses between two runs do not count."""
+    written = []
+    for file, rows in shards:
+        with suppress(OSError):
+            written.append((file.stat().st_mtime, rows))
+    times, counts = np.array(sorted(written)[-RATE_SHARDS:]).reshape(-1, 2).T
+    pauses = np.diff(times)
+    if not len(pauses) or not pauses.max() > 0:
+        return None
+    going_on = pauses <= 10 * np.median(pauses)
+    return float(counts[1:][going_on].sum() / max(pauses[going_on].sum(), 1e-3))
 
 
 def read_root(path: Path) -> dict[str, Any]:

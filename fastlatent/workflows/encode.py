@@ -1,4 +1,4 @@
-"""images → latent dataset; any number of processes and hosts on one file system may fill one together."""
+"""images or videos → dataset; any number of processes and hosts on one file system may fill one together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fastlatent.config import EncodeConfig
 from fastlatent.pipeline.progress import Progress
-from fastlatent.sources.columnar import ItemTable
 from fastlatent.sources.trajectories import find_datasets
 from fastlatent.store.admission import check_shards
 from fastlatent.store.files import write_atomic
@@ -17,9 +16,10 @@ from fastlatent.store.provenance import fingerprint
 from fastlatent.store.reader import Dataset
 from fastlatent.store.records import ROOT
 from fastlatent.store.unchanged import unchanged
+from fastlatent.workflows.encode_open import set_up_encode
 from fastlatent.workflows.encode_plan import open_writer, plan, preflight, try_engine
 from fastlatent.workflows.encode_ray import require_ray, run_units
-from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
+from fastlatent.workflows.encode_setup import EncodeSetup
 from fastlatent.workflows.encode_work import Work, check_errors
 from fastlatent.workflows.runtime import absolute_paths, keep_config, refuse_output_in_source
 
@@ -33,8 +33,8 @@ LISTED = 100  # files that are named at the end; the dataset's quarantine names 
 class EncodeReport:
     """What an encode run left: rows and shards of the dataset, rows encoded now, and what was left out.
 
-    quarantined: files that are no images, or whose latents are not finite. unreadable: what the source could not give.
-    retried: images that overflowed in half precision, and were encoded again in float32.
+    quarantined: files that cannot be decoded, or whose latents are not finite. unreadable: what the source could not
+    give. retried: images or clips that overflowed in half precision, and were encoded again in float32.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class EncodeReport:
 
 
 def encode(config: EncodeConfig) -> EncodeReport | list[EncodeReport]:
-    """Encode images into a latent dataset, or each of several; see EncodeConfig.
+    """Encode images or videos into a dataset, or each of several; see EncodeConfig.
 
     Raises:
         ValueError: the source, the autoencoder or the dataset folder cannot be used as asked; --max-errors is exceeded.
@@ -131,8 +131,8 @@ def _encode(setup: EncodeSetup) -> EncodeReport:
 
 def finished(setup: EncodeSetup) -> Dataset | None:
     """The dataset, if it is of these settings and of exactly these files: told by arrays, 1.28 M files in a second."""
-    out, items = Path(setup.config.out), setup.source.items
-    if not (out / ROOT).exists() or not isinstance(items, ItemTable):
+    out, items = Path(setup.config.out), setup.table
+    if not (out / ROOT).exists() or items is None:
         return None
     dataset = Dataset.open(out)
     check_shards(out, dataset)
@@ -171,8 +171,8 @@ def _print(setup: EncodeSetup, report: EncodeReport) -> None:
     )
     if report.retried:
         print(
-            f"{report.retried:,} images (mirror images counted) overflowed in {setup.config.compute_dtype} and were "
-            "encoded in float32"
+            f"{report.retried:,} {setup.noun} (mirror images counted) overflowed in {setup.config.compute_dtype} and "
+            "were encoded in float32"
         )
     if setup.text is not None and setup.text.truncated:
         print(f"{setup.text.truncated:,} captions were longer than {setup.text.max_length} tokens and were cut")

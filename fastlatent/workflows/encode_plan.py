@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fastlatent.pipeline.progress import duration
 from fastlatent.store.reader import PROVENANCE
@@ -17,8 +16,7 @@ from fastlatent.store.records import Unit
 from fastlatent.store.rows import Rows, Values, shard_bytes
 from fastlatent.store.shard import DTYPES
 from fastlatent.store.writer import DatasetWriter
-from fastlatent.workflows.encode_rows import STORED, read_pictures
-from fastlatent.workflows.encode_setup import EncodeSetup
+from fastlatent.workflows.encode_setup import STORED, EncodeSetup
 
 MAX_UNIT_BYTES = 256 * 2**20  # a unit's rows are assembled in memory; one more may be on its way to the disk
 
@@ -27,10 +25,9 @@ def open_writer(setup: EncodeSetup) -> DatasetWriter:
     """A writer of the dataset; see DatasetWriter.open for what it refuses."""
     config = setup.config
     largest = max(math.prod(bucket) for bucket in setup.schema.buckets) * STORED[config.dtype].itemsize
-    if setup.text is not None:
-        for one in setup.text.columns:
-            rows = setup.text.max_length if one.ragged else one.shape[0]
-            largest += 2 * rows * math.prod(one.shape[1:])
+    for one in setup.schema.extras:
+        rows = (setup.text.max_length if setup.text else 0) if one.ragged else math.prod(one.shape[:1])
+        largest += np.dtype(DTYPES[one.dtype]).itemsize * rows * math.prod(one.shape[1:])
     return DatasetWriter.open(
         Path(config.out),
         setup.provenance(),
@@ -50,8 +47,8 @@ def try_engine(setup: EncodeSetup) -> None:
     config = setup.config
     if (Path(config.out) / PROVENANCE).exists() or (config.engine == "eager" and setup.device.type == "cpu"):
         return
-    for shape in setup.transform.shapes:
-        setup.engine.encode(torch.zeros(config.batch_size, setup.vae.pixel_channels, *shape, device=setup.device)).cpu()
+    for bucket in setup.schema.buckets:
+        setup.encode(setup.blank(bucket, config.batch_size)).cpu()
 
 
 def plan(setup: EncodeSetup, writer: DatasetWriter, on_scan: Callable[[int, int], None] | None = None) -> list[Unit]:
@@ -60,7 +57,7 @@ def plan(setup: EncodeSetup, writer: DatasetWriter, on_scan: Callable[[int, int]
 
 
 def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
-    """Print what the source remarks, and what is to be done: images, bytes, space, time; refuse what does not fit.
+    """Print what the source remarks, and what is to be done: rows, bytes, space, time; refuse what does not fit.
 
     The bytes are exact if no file is left out; embeddings of T5, whose lengths are not known yet, count as the longest.
 
@@ -81,13 +78,13 @@ def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
     free = shutil.disk_usage(out).free
     sample = units[0].items[: max(4, setup.reading[0])]  # they are read again afterwards
     begin = time.monotonic()
-    pictures = read_pictures(setup, units[0], sample)
+    pictures = setup.read(units[0], sample)
     reading = (time.monotonic() - begin) / len(sample) / (1 if setup.device.type == "cuda" else config.readers)
     del pictures
     seconds = count * max(reading, _encoding_seconds(setup, units[0]) * units[0].bucket[0])
     most = "at most " if ragged else ""
     print(
-        f"{count:,} images to encode in {len(units):,} shards of {most}{needed:,} bytes "
+        f"{count:,} {setup.noun} to encode in {len(units):,} shards of {most}{needed:,} bytes "
         f"({needed / 2**20:,.1f} MiB), "
         f"{free / 2**30:,.1f} GiB free, about {duration(seconds)} with one process",
         flush=True,
@@ -99,20 +96,14 @@ def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
 
 
 def _encoding_seconds(setup: EncodeSetup, unit: Unit) -> float:
-    """Of one image, once warm. On the CPU timed by a single one: a whole batch can take half a minute."""
+    """Of one row, once warm. On the CPU timed by a single one: a whole batch can take half a minute."""
     size = setup.config.batch_size if setup.device.type == "cuda" else 1
-    pixels = torch.zeros(size, setup.vae.pixel_channels, *setup.pixel_shape(unit.bucket), device=setup.device)
-    encode = setup.engine.encode if setup.device.type == "cuda" else setup.vae.encode
+    pixels = setup.blank(unit.bucket, size)
+    encode = setup.encode if setup.device.type == "cuda" else setup.encode_small
     for _ in range(2):
         begin = time.monotonic()
         encode(pixels).cpu()
     return (time.monotonic() - begin) / size
-
-
-def _caption(setup: EncodeSetup, key: str) -> str:
-    item = setup.item(key)
-    assert item is not None
-    return item.attached["caption"]
 
 
 def _empty(setup: EncodeSetup, unit: Unit) -> Rows:
@@ -124,8 +115,7 @@ def _empty(setup: EncodeSetup, unit: Unit) -> Rows:
         kind = DTYPES[one.dtype]
         if not one.ragged:
             extras[one.name] = np.empty((count, *one.shape), kind)
-        elif one.name == "caption":
-            extras[one.name] = [np.empty(len(_caption(setup, item.key).encode()), kind) for item in unit.items]
         else:
-            extras[one.name] = [np.empty((0, *one.shape[1:]), kind)] * count
+            lengths = [setup.ragged_rows(one.name, unit, item) for item in unit.items]
+            extras[one.name] = [np.empty((length, *one.shape[1:]), kind) for length in lengths]
     return Rows([item.key for item in unit.items], np.empty((count, *unit.bucket), dtype), None, None, scale, extras)

@@ -12,8 +12,9 @@ from fastlatent.config import EncodeConfig
 from fastlatent.pipeline.progress import Progress
 from fastlatent.store.records import Unit
 from fastlatent.store.writer import DatasetWriter
+from fastlatent.workflows.encode_open import set_up_encode
 from fastlatent.workflows.encode_plan import open_writer, plan
-from fastlatent.workflows.encode_setup import EncodeSetup, set_up_encode
+from fastlatent.workflows.encode_setup import EncodeSetup
 from fastlatent.workflows.encode_work import Work
 from fastlatent.workflows.runtime import absolute_paths
 
@@ -46,7 +47,7 @@ def run_units(setup: EncodeSetup, units: list[Unit]) -> int:
         call = uuid.uuid4().hex
         size = {task.remote(call, config, unit.id): len(unit.items) for unit in units}
         waiting, rows = list(size), 0
-        with Progress("encode", sum(size.values()), "images") as progress:
+        with Progress("encode", sum(size.values()), setup.noun) as progress:
             while waiting:
                 done, waiting = ray.wait(waiting)
                 for one in done:

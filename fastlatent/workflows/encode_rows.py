@@ -1,13 +1,11 @@
-"""The files of one unit → its rows: read, decode and crop in threads; encode in batches of one size; store dtype."""
+"""The pictures or clips of one unit → its rows: encoded in batches of one size, in the dtype they are stored in."""
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,75 +13,11 @@ from torch import Tensor
 
 from fastlatent.encoders.text import BATCH_SIZE, TextEncoder
 from fastlatent.encoders.watch import OverflowWatch
-from fastlatent.media.images import ImageError
 from fastlatent.pipeline.meter import Meter
-from fastlatent.sources.items import content_digest
-from fastlatent.store.records import PlannedItem, Quarantined, Unit
+from fastlatent.store.records import Quarantined, Unit
 from fastlatent.store.rows import Rows, Values, quantize
-from fastlatent.workflows.encode_setup import STORED, EncodeSetup
+from fastlatent.workflows.encode_setup import STORED, EncodeSetup, Picture
 from fastlatent.workflows.runtime import DTYPES
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One file as the autoencoder will see it, or why it is left out.
-
-    pixels: [h, w, C] uint8, or float32 in [0, 1]; an array, or a CUDA tensor where that decodes.
-    """
-
-    item: PlannedItem
-    pixels: Any
-    orig_hw: tuple[int, int] = (0, 0)
-    crop: np.ndarray | None = None
-    error: ImageError | None = None
-
-
-def read_pictures(setup: EncodeSetup, unit: Unit, items: Sequence[PlannedItem]) -> list[Picture]:
-    """Read, decode, resize and crop. Runs in several threads; pixels on a GPU are complete when it returns.
-
-    Raises:
-        ValueError: a file cannot be read, or is not what was planned.
-    """
-    if len(items) == 1:
-        files = [_read(setup, items[0])]
-    else:
-        files = list(setup.readers.map(lambda planned: _read(setup, planned), items))
-    bucket = setup.transform.shapes.index(setup.pixel_shape(unit.bucket))
-    pictures = []
-    with _own_stream(setup.device):
-        with setup.decoding:
-            images: list[Any] = setup.decoder.decode(files)
-        for planned, image in zip(items, images, strict=True):
-            if isinstance(image, ImageError):
-                pictures.append(Picture(planned, None, error=image))
-                continue
-            pixels, crop = setup.transform.apply(image, planned.key, bucket)
-            pictures.append(Picture(planned, pixels, (int(image.shape[0]), int(image.shape[1])), crop))
-    return pictures
-
-
-def _read(setup: EncodeSetup, planned: PlannedItem) -> bytes:
-    item = setup.item(planned.key)
-    data = b"" if item is None else setup.source.fetch(item)
-    if item is None or content_digest(item, data) != planned.digest:
-        raise ValueError(f"{planned.path} changed while the dataset was being encoded; rerun the same command")
-    return data
-
-
-@contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA a stream of this thread's own, waited for at the end: decoding goes on beside the encoder's batches."""
-    if device.type != "cuda":
-        yield
-        return
-    if not hasattr(_threads, "stream"):
-        _threads.stream = torch.cuda.Stream(device)
-    with torch.cuda.device(device), torch.cuda.stream(_threads.stream):
-        yield
-    _threads.stream.synchronize()
-
-
-_threads = threading.local()
 
 
 @dataclass
@@ -107,7 +41,7 @@ class _Running:
 class RowMaker:
     """`for picture in …: maker.add(picture)`, then `maker.finish()`: the rows of one unit.
 
-    A batch's size changes its last bits, so all have one size, and the last one is padded with grey. On CUDA the next
+    A batch's size changes its last bits, so all have one size, and the last one is padded. On CUDA the next
     batch is launched before the last one's rows are fetched.
 
     Args:
@@ -159,24 +93,24 @@ class RowMaker:
             np.array([picture.orig_hw for picture in good], np.int32).reshape(-1, 2),
             np.array([picture.crop for picture in good], np.int32).reshape(-1, 4),
             None if self._scale is None else self._scale[:count],
-            self._extras([picture.item.key for picture in good]),
+            self._extras(good),
         )
         return rows, self._bad
 
     def _launch(self) -> None:
         self._check()
         setup, count = self._setup, len(self._waiting)
-        pixels = to_batch([picture.pixels for picture in self._waiting], setup.config.batch_size, setup.device)
+        pixels = setup.batch([picture.pixels for picture in self._waiting])
         begin = len(self._good)
-        self._good += [Picture(one.item, None, one.orig_hw, one.crop) for one in self._waiting]
+        self._good += [replace(one, pixels=None) for one in self._waiting]
         self._waiting = []
-        views = [pixels, pixels.flip(-1)][: self._unit.bucket[0]]
+        views = [pixels] if self._unit.bucket[0] == 1 else [pixels, setup.mirrored(pixels)]
         cuda = setup.device.type == "cuda"
         begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if cuda else (None, None)
         with nullcontext() if cuda else self._meter.busy("encode"):
             if begun is not None:
                 begun.record()
-            moments = [setup.engine.encode(view) for view in views]
+            moments = [setup.encode(view) for view in views]
         rows = self._rows(moments, count)
         finite, stored = _to_host(rows.isfinite().flatten(1).all(1)), _to_host(self._cast(rows))
         if done is not None:
@@ -211,10 +145,10 @@ class RowMaker:
     def _cast(self, rows: Tensor) -> Tensor:
         return rows if self._scale is not None else rows.to(DTYPES[self._setup.config.dtype])
 
-    def _extras(self, keys: list[str]) -> dict[str, Values]:
-        """The further tensors of these rows: what the source attached, and embeddings of the captions."""
-        setup = self._setup
-        items = [setup.item(key) for key in keys] if setup.schema.extras else []
+    def _extras(self, pictures: list[Picture]) -> dict[str, Values]:
+        """The further tensors of these rows: what the source attached, embeddings of captions, what decoding gave."""
+        setup, keys = self._setup, [picture.item.key for picture in pictures]
+        items = [setup.item(key) for key in keys] if setup.source.columns else []
         attached = [item.attached for item in items if item is not None]
         columns: dict[str, Values] = {}
         for column in setup.source.columns:
@@ -227,6 +161,9 @@ class RowMaker:
         if setup.text is not None and keys:
             with self._meter.busy("encode"):
                 columns |= _embeddings(setup.text, [one["caption"] for one in attached], self._check)
+        for one in setup.decoded_fields:
+            rows = [picture.extras[one.name] for picture in pictures]
+            columns[one.name] = rows if one.ragged else np.stack(rows) if rows else np.empty((0, *one.shape))
         return columns
 
 
@@ -241,31 +178,6 @@ def _embeddings(text: TextEncoder, captions: list[str], check: Callable[[], None
                 pooled.append(one.pooled.numpy().astype(np.float16))
     columns: dict[str, Values] = {"text": tokens if text.columns[0].ragged else np.stack(tokens)}
     return {**columns, "text_pooled": np.stack(pooled)} if pooled else columns
-
-
-def to_batch(pixels: Sequence[Any], size: int, device: torch.device) -> Tensor:
-    """[h, w, C] images, uint8 or float32 in [0, 1], as float32 [size, C, h, w] in [−1, 1] on the device.
-
-    What is missing to `size` is 0, mid-grey. x / 127.5 − 1, or 2x − 1, in float32, as `media.images.to_model_range`.
-    """
-    images = [one if isinstance(one, Tensor) else torch.from_numpy(one) for one in pixels]
-    for image in images:
-        if image.is_cuda:  # made on another stream, and freed while this one may still read it
-            image.record_stream(torch.cuda.current_stream(device))
-    if all(image.dtype == torch.uint8 for image in images):
-        stacked = torch.stack(images)
-        if device.type == "cuda" and not stacked.is_cuda:  # from pageable memory the copy would wait for the encoder
-            stacked = stacked.pin_memory()
-        parts = [stacked.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1]
-    else:
-        parts = []
-        for image in images:
-            unit = image.to(device).permute(2, 0, 1)[None]
-            parts.append(unit.float() / 127.5 - 1 if image.dtype == torch.uint8 else 2 * unit - 1)
-    missing = size - len(images)
-    if missing:
-        parts.append(torch.zeros(missing, *parts[0].shape[1:], device=device))
-    return torch.cat(parts).contiguous()
 
 
 def _to_host(values: Tensor) -> Tensor:

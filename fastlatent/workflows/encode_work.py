@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from fastlatent.encoders.watch import OverflowWatch
 from fastlatent.pipeline.ahead import ahead
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.meter import Meter
@@ -13,9 +12,8 @@ from fastlatent.pipeline.progress import Progress
 from fastlatent.store.records import PlannedItem, Quarantined, Unit
 from fastlatent.store.rows import Rows
 from fastlatent.store.writer import DatasetWriter
-from fastlatent.workflows.encode_rows import Picture, RowMaker, read_pictures
-from fastlatent.workflows.encode_setup import EncodeSetup
-from fastlatent.workflows.runtime import DTYPES
+from fastlatent.workflows.encode_rows import RowMaker
+from fastlatent.workflows.encode_setup import EncodeSetup, Picture
 
 Part = tuple[Unit, tuple[PlannedItem, ...]]  # files of one unit that are read together
 
@@ -31,7 +29,7 @@ class Work:
     def __init__(self, setup: EncodeSetup, writer: DatasetWriter) -> None:
         self.encoded, self.errors = 0, writer.left_out
         self._setup, self._writer = setup, writer
-        self._watch = OverflowWatch(setup.vae, DTYPES[setup.config.compute_dtype])
+        self._watch = setup.watch()
         self._unit: Unit | None = None  # the one whose files are being handed out
         self._parts: Iterator[tuple[PlannedItem, ...]] = iter(())
         self._only: str | None = None
@@ -40,14 +38,14 @@ class Work:
 
     @property
     def retried(self) -> int:
-        """Images that overflowed in half precision, and were encoded again in float32."""
+        """Rows that overflowed in half precision, and were encoded again in float32."""
         return self._watch.retried
 
     def run(self, total: int, only: str | None = None) -> None:
         """Claim, encode and commit units until all are committed, by whomever; or the unit of id `only`, if it is free.
 
         Args:
-            total: images of all units, for the progress line; 0: none is shown.
+            total: rows of all units, for the progress line; 0: none is shown.
 
         Raises:
             ValueError: more files than --max-errors cannot be used; a file changed since it was planned.
@@ -56,7 +54,7 @@ class Work:
         self._only = only
         with (
             StopRequest() as stop,
-            Progress("encode", total, "images", describe=self._describe) as progress,
+            Progress("encode", total, self._setup.noun, describe=self._describe) as progress,
             ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool,
             ThreadPoolExecutor(1, thread_name_prefix="write") as behind,
         ):
@@ -130,7 +128,7 @@ class Work:
 
     def _read(self, part: Part) -> list[Picture]:
         with self.meter.busy("decode"):
-            return read_pictures(self._setup, *part)
+            return self._setup.read(*part)
 
     def _write(self, unit: Unit, rows: Rows, bad: list[Quarantined]) -> None:
         with self.meter.busy("write"):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from fastlatent.config import InspectConfig
 from fastlatent.pipeline.checkpoints import checkpoints
-from fastlatent.store.reader import PROVENANCE, Dataset, build_state, read_provenance
+from fastlatent.pipeline.progress import duration
+from fastlatent.store.reader import PROVENANCE, BuildState, Dataset, build_state, read_provenance
 from fastlatent.store.records import ROOT
 from fastlatent.store.shard import Shard
 from fastlatent.store.statistics import Statistics, to_float64
 
 # Of a model of latents, or an autoencoder; of a UNet.
 _CONFIGS = ("config.json", "unet/config.json", "scheduler_config.json", "vae_source.json", "latent_statistics.json")
+
+LISTED_CHANNELS = 64  # of a teacher's hundreds, the numbers of each would fill pages
 
 
 def inspect(config: InspectConfig) -> None:
@@ -44,6 +49,7 @@ def _dataset(path: Path, state: Any) -> dict[str, Any]:
             "rows": f"{state.done_rows} of {state.planned_rows} done, {state.planned_rows - state.done_rows} missing",
             "quarantined": state.quarantined,
             "bytes": state.bytes,
+            **_forecast(path, state),
             "latents": [{"shape": list(shape)} for shape in state.shapes],
             "statistics": _statistics(state.statistics) if state.statistics else None,
         }
@@ -68,7 +74,27 @@ def _dataset(path: Path, state: Any) -> dict[str, Any]:
     return described
 
 
+def _forecast(path: Path, state: BuildState) -> dict[str, Any]:
+    """How much more disk and time it takes, as far as the finished shards tell."""
+    missing = state.planned_rows - state.done_rows - state.quarantined
+    forecast: dict[str, Any] = {}
+    if state.done_rows:
+        more = missing * state.bytes / state.done_rows
+        free = shutil.disk_usage(path).free
+        forecast["still to write"] = f"about {more / 2**30:,.2f} GiB, {free / 2**30:,.1f} GiB free"
+    if state.rows_per_second is not None:
+        rate = state.rows_per_second
+        forecast["speed"] = f"{rate:,.1f} rows/s, by the last shards"
+        forecast["time left" if state.writer else "time left once it goes on"] = f"about {duration(missing / rate)}"
+    return forecast
+
+
 def _statistics(statistics: Statistics) -> dict[str, Any]:
+    mean, std = statistics.latent_mean, statistics.latent_std
+    if len(mean) > LISTED_CHANNELS:
+        spread = float(np.sqrt((std**2).mean() + mean.var()))
+        extremes = {"min": float(statistics.min.min()), "max": float(statistics.max.max())}
+        return {f"of all {len(mean)} channels": {"mean": float(mean.mean()), "std": spread, **extremes}}
     return {
         "latent mean": statistics.latent_mean.tolist(),
         "latent std": statistics.latent_std.tolist(),

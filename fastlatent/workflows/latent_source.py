@@ -34,7 +34,7 @@ from fastlatent.store.records import ROOT
 from fastlatent.store.statistics import Statistics
 from fastlatent.training.latents import CONDITION_COLUMNS, LatentBatches
 from fastlatent.workflows.condition_statistics import Conditions, condition_statistics
-from fastlatent.workflows.encode_setup import parse_range
+from fastlatent.workflows.encode_images import parse_range
 from fastlatent.workflows.runtime import refuse_output_in_source
 
 if TYPE_CHECKING:

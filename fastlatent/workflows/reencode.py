@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from fastlatent.config import EncodeConfig, VerifyConfig, build
-from fastlatent.encoders.watch import OverflowWatch
 from fastlatent.media.transforms import transform_name
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.meter import Meter
@@ -23,9 +23,9 @@ from fastlatent.store.records import PlannedItem, Unit, digest_strings
 from fastlatent.store.rows import Rows
 from fastlatent.store.statistics import to_float64
 from fastlatent.store.verify import Finding
-from fastlatent.workflows.encode_rows import RowMaker, read_pictures
-from fastlatent.workflows.encode_setup import kept_settings, set_up_encode
-from fastlatent.workflows.runtime import DTYPES
+from fastlatent.workflows.encode_open import set_up_encode
+from fastlatent.workflows.encode_rows import RowMaker
+from fastlatent.workflows.encode_setup import kept_settings
 
 # How the source was read; what decides bytes beyond that is in the provenance.
 SOURCE_SETTINGS = ("kind", "split", "trajectories", "manifest_root", "captions", "decoder")
@@ -42,11 +42,13 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
     """
     dataset = Dataset.open(config.dataset)
     recorded = dataset.provenance["informational"]
-    vae_path, source = config.vae or recorded.get("vae_path"), config.source or recorded.get("source")
-    for flag, path in (("--vae", vae_path), ("--source", source)):
-        if path is None or not ("://" in path or Path(path).exists()):
-            raise ValueError(f"{flag}: expected what the dataset was made of, got {path}: name it with {flag} PATH")
-    setup = set_up_encode(_settings(dataset, str(vae_path), str(source), config.device))
+    source = _there("--source", config.source or recorded.get("source"))
+    if "view" in dataset.provenance["hashed"]:
+        settings = _settings_of_clips(dataset, config.vae, source, config.device)
+    else:
+        vae = _there("--vae", config.vae or recorded.get("vae_path"))
+        settings = _settings(dataset, vae, source, config.device)
+    setup = set_up_encode(settings)
     now = setup.provenance()
     other = [
         line
@@ -62,7 +64,7 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
         item = setup.item(dataset.key(i))
         with suppress(ValueError):  # it cannot be read any more
             if item is not None and content_digest(item, setup.source.fetch(item)) == digest:
-                items[i] = PlannedItem(item.key, item.place, digest, item.size, item.stamp)
+                items[i] = PlannedItem(dataset.key(i), item.place, digest, item.size, item.stamp)
     if not items:
         raise ValueError(f"--source {source}: expected files as they were encoded, got 0 of {len(chosen)} unchanged")
     here = _computing(now["informational"]["environment"])
@@ -70,15 +72,15 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
     written = {i: _computing(environment) for i, environment in written.items()}
     exact = {i for i in items if not other and written[i] == here}
     findings = []
-    watch, meter = OverflowWatch(setup.vae, DTYPES[setup.config.compute_dtype]), Meter({"encode": 1})
-    with StopRequest() as stop, Progress("encode again", len(items), "images") as progress:
+    watch, meter = setup.watch(), Meter({"encode": 1})
+    with StopRequest() as stop, Progress("encode again", len(items), setup.noun) as progress:
         for number, bucket in enumerate(dataset.buckets):
             samples = sorted(i for i in items if dataset.bucket[i] == number)
             if not samples:
                 continue
             unit = Unit.of(dataset.fingerprint, bucket.shape, tuple(items[i] for i in samples))
             maker = RowMaker(setup, watch, unit, meter, stop.check, lambda files, bad: progress.advance(files))
-            read = functools.partial(read_pictures, setup, unit)
+            read = functools.partial(setup.read, unit)
             for pictures in setup.readers.map(read, ([one] for one in unit.items)):
                 maker.add(pictures[0])
             rows, _ = maker.finish()
@@ -96,6 +98,35 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
 def _computing(environment: dict[str, str] | None) -> dict[str, str] | None:
     """Without what made the captions' embeddings only."""
     return environment and {name: value for name, value in environment.items() if name != "transformers"}
+
+
+def _there(flag: str, path: str | None) -> str:
+    if path is None or not ("://" in path or Path(path).exists()):
+        raise ValueError(f"{flag}: expected what the dataset was made of, got {path}: name it with {flag} PATH")
+    return path
+
+
+def _settings_of_clips(dataset: Dataset, vae: str | None, source: str, device: str) -> EncodeConfig:
+    """Those of the encode that wrote a dataset of clips, as it kept them; what decides bytes is compared afterwards.
+
+    Raises:
+        ValueError: it kept none: the dataset was made of others.
+    """
+    how = kept_settings(dataset.path, [one.name for one in dataclasses.fields(EncodeConfig)])
+    if not how:
+        raise ValueError(f"{dataset.path}: expected encode.yaml, which says how clips were made; it was made of others")
+    engine: dict[str, Any] = dataset.provenance["hashed"]["engine"]
+    now: dict[str, Any] = {
+        "source": source,
+        "out": str(dataset.path),
+        "cache_dir": None,
+        "engine": engine["name"],
+        "batch_size": engine["batch_size"],
+        "threads": engine.get("threads", 0),
+        "device": engine["device"] if device == "auto" else device,
+        **({"vae": vae} if vae else {}),
+    }
+    return build(EncodeConfig, how, now)
 
 
 def _settings(dataset: Dataset, vae: str, source: str, device: str) -> EncodeConfig:

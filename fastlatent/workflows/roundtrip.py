@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastlatent.config import EncodeConfig, RoundtripConfig, build
+from fastlatent.config.encode import IMAGE_SIZE, IMAGE_TRANSFORM
 from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.protocol import Autoencoder
 from fastlatent.evaluation.reconstruction import WINDOW, psnr, ssim
@@ -19,7 +20,8 @@ from fastlatent.media.sheets import save_sheet
 from fastlatent.media.transforms import Transform, open_transform, transform_name
 from fastlatent.sources.open import open_source
 from fastlatent.store.reader import PROVENANCE, Dataset
-from fastlatent.workflows.encode_setup import kept_settings, parse_range
+from fastlatent.workflows.encode_images import parse_range
+from fastlatent.workflows.encode_setup import kept_settings
 from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
 
 
@@ -86,6 +88,8 @@ def _choose(path: Path, draw: np.random.Generator, output: Path) -> _Choice:
 def _choose_of_dataset(dataset: Dataset, draw: np.random.Generator) -> _Choice:
     if not len(dataset):
         raise ValueError(f"{dataset.path} holds no sample to draw; name an image")
+    if "view" in dataset.provenance["hashed"]:
+        raise ValueError(f"{dataset.path}: expected a dataset of images, got one of clips of videos; name an image")
     key = dataset.key(int(draw.integers(len(dataset))))
     recorded: dict[str, Any] = dataset.provenance["informational"]
     place = recorded.get("source")
@@ -103,9 +107,9 @@ def _choose_of_dataset(dataset: Dataset, draw: np.random.Generator) -> _Choice:
 
 def _transform(config: RoundtripConfig, made: dict[str, Any] | None, multiple: int) -> Transform:
     """What the flags say; what they do not, as the dataset was made; of other images, as encode does by default."""
-    size = config.size or (made or {}).get("size", EncodeConfig.size)
+    size = config.size or (made or {}).get("size", IMAGE_SIZE)
     if made is None or config.transform is not None:
-        return open_transform(config.transform or EncodeConfig.transform, size, seed=config.seed, multiple=multiple)
+        return open_transform(config.transform or IMAGE_TRANSFORM, size, seed=config.seed, multiple=multiple)
     return open_transform(transform_name(made), size, seed=made.get("seed", 0), multiple=multiple)
 
 

@@ -39,6 +39,8 @@ def set_up(device: str, threads: int) -> torch.device:
     torch.set_num_threads(threads or max(1, available_cores() // processes))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.isdecimal():
+        device = f"cuda:{device}"
     rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
     if device == "cuda" and rank.isdecimal() and torch.cuda.device_count() > 1:
         device = f"cuda:{int(rank) % torch.cuda.device_count()}"
@@ -85,11 +87,10 @@ def refuse_output_in_source(out: str, source: str) -> None:
 
 def absolute_paths(config: EncodeConfig) -> EncodeConfig:
     """The same settings for a process with another working folder."""
-    names = ("source", "vae", "out", "trajectories", "manifest_root", "text_encoder")
+    names = ("source", "vae", "teacher_weights", "out", "cache_dir", "trajectories", "manifest_root", "text_encoder")
     paths = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    absolute: dict[str, Any] = {
-        name: path if "://" in path else str(Path(path).resolve()) for name, path in paths.items()
-    }
+    there = {name for name, path in paths.items() if name in ("out", "cache_dir") or Path(path).exists()}  # no Hub ids
+    absolute: dict[str, Any] = {name: str(Path(path).resolve()) for name, path in paths.items() if name in there}
     return replace(config, **absolute)
 
 

@@ -30,7 +30,7 @@ from fastlatent.training.ddpm import DdpmLoss, DdpmObjective, PixelBatches, Reno
 from fastlatent.training.latents import CONDITION_COLUMNS, Batches
 from fastlatent.workflows.condition_statistics import condition_statistics
 from fastlatent.workflows.decode_images import load_matching_autoencoder
-from fastlatent.workflows.encode_setup import parse_range
+from fastlatent.workflows.encode_images import parse_range
 from fastlatent.workflows.latent_source import open_latents
 from fastlatent.workflows.runtime import refuse_output_in_source
 from fastlatent.workflows.train import Run, count_weights, run_training, training_run

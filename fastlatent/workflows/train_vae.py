@@ -38,7 +38,7 @@ from fastlatent.training.vae_networks import (
     new_kl16,
     new_sigma,
 )
-from fastlatent.workflows.encode_setup import parse_range
+from fastlatent.workflows.encode_images import parse_range
 from fastlatent.workflows.runtime import refuse_output_in_source
 from fastlatent.workflows.train import Run, count_weights, run_training, training_run
 

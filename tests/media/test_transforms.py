@@ -1,4 +1,6 @@
 import hashlib
+import json
+import math
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastlatent.media.images import to_model_range, to_uint8
-from fastlatent.media.transforms import NAMES, center_crop, open_transform, transform_name
+from fastlatent.media.transforms import NAMES, center_crop, open_transform, transform_name, transform_of
 
 
 def noise(height, width, channels=3, seed=0):
@@ -247,6 +249,64 @@ def test_random_offsets_are_even_and_of_seed_and_key_alone():
 RANDOM_WINDOWS = [(68, 0, 256, 256), (35, 0, 256, 256)]
 
 
+RANDOM_BOXES = [(71, 69, 165, 177), (10, 79, 155, 154), (8, 30, 220, 214), (2, 7, 238, 260)]
+
+
+def test_random_resized_boxes_are_torchvisions():
+    """Areas are uniform, ratios uniform in their logarithm, places uniform; in a square most draws fit."""
+    transform = open_transform("random-resized", 64, seed=9)
+    plans = [transform.plan(2000, 2000, f"{i}.webm") for i in range(3000)]
+    boxes = np.array([plan.box for plan in plans], dtype=np.float64)
+    top, left, rows, columns = boxes.T
+    assert (boxes == np.array([plan.crop() for plan in plans])).all()
+    assert (top + rows <= 2000).all() and (left + columns <= 2000).all() and boxes.min() >= 0
+    area, ratio = rows * columns / 2000**2, columns / rows
+    assert 0.299 < area.min() < 0.31 and 0.74 < ratio.min() < 0.76 and 1.34 < ratio.max() < 1.36
+    # Below 1 / 1.35 of the square every ratio fits.
+    free = area < 1 / 1.36
+    assert abs(area[free].mean() - (0.3 + 1 / 1.36) / 2) < 0.01
+    middle = (math.log(0.75) + math.log(1.35)) / 2
+    assert abs(np.log(ratio[free]).mean() - middle) < 0.01 and area.max() > 0.95
+    down, right = top / (2000 - rows).clip(1), left / (2000 - columns).clip(1)
+    for share in (down[free], right[free]):
+        assert abs(share.mean() - 0.5) < 0.03 and share.min() < 0.01 and share.max() > 0.99
+    drawn = np.stack([area, np.log(ratio), down, right])[:, free]
+    assert abs(np.corrcoef(drawn) - np.eye(4)).max() < 5 / math.sqrt(free.sum())
+    assert all(plan.steps == ((64, 64, "bilinear"),) and plan.window == (0, 0, 64, 64) for plan in plans)
+
+
+def test_random_resized_is_of_seed_and_key_alone():
+    plans = [open_transform("random-resized", 64, seed=seed).plan(240, 320, key) for seed in (0, 1) for key in "ab"]
+    assert len({plan.box for plan in plans}) == 4
+    open_transform("random-resized", 64).plan(240, 320, "name\udcff.webm")  # bytes that are no UTF-8
+    # Written down: they must be the same everywhere and for ever.
+    assert [plan.box for plan in plans] == RANDOM_BOXES
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [
+        (100, 1000, (0, 432, 100, 135)),  # wider than 1.35: every draw is too wide, the middle 135 columns
+        (1000, 100, (433, 0, 133, 100)),  # narrower than 0.75: 100 / 0.75 rows
+        (1, 100_000, (0, 49_999, 1, 1)),
+        (100_000, 1, (49_999, 0, 1, 1)),
+    ],
+)
+def test_random_resized_falls_back_to_the_middle(height, width, box):
+    # Areas of at least 0.3: at 10:1 the least wide box that fits is 10 · 0.3 = 3:1.
+    assert all(open_transform("random-resized", 64).plan(height, width, key).box == box for key in "abc")
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_random_resized(height, width):
+    image, transform = noise(height, width, seed=height), open_transform("random-resized", 64, seed=5)
+    pixels, crop = transform.apply(image, "a")
+    top, left, rows, columns = crop.tolist()
+    assert 0 <= top < top + rows <= height and 0 <= left < left + columns <= width
+    cut = Image.fromarray(image).crop((left, top, left + columns, top + rows))
+    np.testing.assert_array_equal(pixels, np.asarray(resized(cut, (64, 64), Image.BILINEAR)))
+
+
 def four_thirds(image):
     """The published crop, with rows cut where it would pad columns."""
     width, height = image.size
@@ -370,6 +430,9 @@ def test_the_largest_image_that_is_read():
 def test_settings():
     assert open_transform("adm", 256).settings() == {"rule": "adm-center-crop-1", "size": 256}
     assert open_transform("random", 64, seed=7).settings()["seed"] == 7
+    assert open_transform("random-resized", 64, seed=7).settings() == {
+        "rule": "random-resized-crop-area-0.3-1-aspect-0.75-1.35-bilinear-1", "size": 64, "seed": 7
+    }  # fmt: skip
     assert open_transform("buckets", 64).settings()["shapes"] == [list(s) for s in open_transform("buckets", 64).shapes]
     assert len({open_transform(name, 64).settings()["rule"] for name in NAMES}) == len(NAMES)
 
@@ -380,8 +443,24 @@ def test_the_name_of_settings():
         transform_name({"rule": "other", "size": 64})
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_and_back(name):
+    transform = open_transform(name, 64, seed=7, multiple=16)
+    written = json.loads(json.dumps(transform.settings()))
+    back = transform_of(written)
+    assert back.settings() == written and back.shapes == transform.shapes
+    bucket = transform.shape_of(50, 90)
+    assert back.plan(50, 90, "a", bucket) == transform.plan(50, 90, "a", bucket)
+    with pytest.raises(ValueError, match="transform: expected settings like .*, got .*'flip': True"):
+        transform_of({**written, "flip": True})
+    with pytest.raises(ValueError, match="transform: expected settings of"):
+        transform_of({"rule": written["rule"]})
+
+
 def test_refuses_names_sizes_and_seeds():
-    with pytest.raises(ValueError, match="expected one of adm, center, random, nwm, buckets, got 'square'"):
+    with pytest.raises(
+        ValueError, match="expected one of adm, center, random, random-resized, nwm, buckets, got 'square'"
+    ):
         open_transform("square", 64)
     with pytest.raises(ValueError, match="a multiple of 8 pixels, .*got 250; the nearest is 248"):
         open_transform("center", 250)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from toy_ssv2 import make_ssv2
 
 from fastlatent.sources.open import FLAGS, KINDS, kind_of, open_source
 
@@ -21,10 +22,10 @@ def touch(*paths):
         path.write_bytes(IMAGE)
 
 
-def write_tar(path):
+def write_tar(path, image="a.png"):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for name, data in ("a.png", IMAGE), ("a.txt", b"text"):
+        for name, data in (image, IMAGE), ("a.txt", b"text"):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
@@ -146,11 +147,11 @@ def test_options_reach_their_kind(tmp_path):
 GIVEN = {"split": "train", "names": "names.txt", "captions": "txt", "conditions": "wind:3", "root": "images"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_option_that_means_nothing(tmp_path, kind):
-    for name in GIVEN.keys() - set(KINDS[kind][1]):
-        with pytest.raises(ValueError, match=f"{FLAGS[name]} .* means nothing for .*of kind {kind}; it is for "):
-            open_source(tmp_path, kind=kind, **{name: GIVEN[name]})
+@pytest.mark.parametrize(("media", "kind"), [(media, kind) for media, kinds in KINDS.items() for kind in kinds])
+def test_an_option_that_means_nothing(tmp_path, media, kind):
+    for name in GIVEN.keys() - set(KINDS[media][kind][1]):
+        with pytest.raises(ValueError, match=f"{FLAGS[name]} .* means nothing for .*of kind {kind}; it is for [a-z]"):
+            open_source(tmp_path, media=media, kind=kind, **{name: GIVEN[name]})
 
 
 @pytest.mark.parametrize("conditions", ["none", ""])
@@ -189,3 +190,95 @@ def test_an_image_folder_is_known_by_its_first_image(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
     assert kind_of(tmp_path) == "images"
     assert len(listed) <= 4  # the root and a class, and the root again for trajectories
+
+
+def make_videos(root):
+    """Sources of videos of every kind: path -> (kind, key of its only item)."""
+    id = make_ssv2(root / "ssv2", counts={"train": 1})["train"][0]
+    write_tar(root / "tar" / "a.tar", "a.mp4")
+    write_tar(root / "tars" / "deep" / "a.tar", "a.webm")
+    touch(root / "tars" / "poster.jpg")
+    touch(root / "folder" / "class" / "1.mp4", root / "flat" / "1.MKV")
+    touch(root / "mixed" / "1.mov", root / "mixed" / "thumbnails" / "1.jpg")
+    write_tar(root / "mixed" / "a.tar", "a.mp4")
+    touch(root / "frames" / "clip" / "1.png")
+    return {
+        "ssv2": ("ssv2", id),
+        "tar/a.tar": ("tars", "a.tar/a.mp4"),
+        "tars": ("tars", "deep/a.tar/a.webm"),
+        "folder": ("videos", "class/1.mp4"),
+        "flat": ("videos", "1.MKV"),
+        "mixed": ("videos", "1.mov"),
+        "frames": ("frames", "clip"),
+    }
+
+
+class TestVideos:
+    def test_every_kind(self, tmp_path):
+        for path, (kind, key) in make_videos(tmp_path).items():
+            assert kind_of(tmp_path / path, "videos") == kind, path
+            options = {"media": "videos", "split": "train" if kind == "ssv2" else None}
+            for told in ("auto", kind):
+                source = open_source(tmp_path / path, kind=told, **options)
+                assert [item.key for item in source.items] == [key]
+                assert source.read(source.items[0])
+
+    def test_every_kind_remote(self, tmp_path):
+        memory = fsspec.filesystem("memory")
+        expected = make_videos(tmp_path)
+        memory.put(str(tmp_path), "/videos", recursive=True)
+        try:
+            for path, (kind, key) in expected.items():
+                url = f"memory://videos/{path}"
+                assert kind_of(url, "videos") == kind, path
+                source = open_source(url, media="videos", split="train" if kind == "ssv2" else None)
+                assert [item.key for item in source.items] == [key]
+        finally:
+            memory.rm("/videos", recursive=True)
+
+    def test_options_reach_their_kind(self, tmp_path):
+        make_videos(tmp_path)
+        (tmp_path / "flat" / "1.txt").write_text("text")
+        for path in ("flat", "tars"):
+            source = open_source(tmp_path / path, media="videos", captions="txt")
+            assert source.items[0].attached == {"caption": "text"}
+        with pytest.raises(ValueError, match="--split: expected train, validation, test .*got none"):
+            open_source(tmp_path / "ssv2", media="videos")
+        with pytest.raises(ValueError, match="--split 'train' means nothing .* of kind videos; it is for ssv2. "):
+            open_source(tmp_path / "flat", media="videos", split="train")
+        with pytest.raises(ValueError, match="--trajectories .* of kind videos; it is for sources of images. "):
+            open_source(tmp_path / "flat", media="videos", names="names.txt")
+
+    def test_kinds_of_the_other_medium(self, tmp_path):
+        for kind in ("manifest", "table", "trajectories", "images"):
+            with pytest.raises(ValueError, match=f"kind: expected auto, ssv2, .*frames for videos, got '{kind}'"):
+                open_source(tmp_path, media="videos", kind=kind)
+        for kind in ("ssv2", "videos", "frames"):
+            with pytest.raises(ValueError, match=f"kind: expected auto, manifest, .*images for images, got '{kind}'"):
+                open_source(tmp_path, kind=kind)
+
+    def test_what_is_no_video(self, tmp_path):
+        write_manifest(tmp_path / "m.json")
+        write_table(tmp_path / "t.parquet")
+        for name in ("m.json", "t.parquet"):
+            with pytest.raises(
+                ValueError, match=f"{name}': expected videos, and manifests and tables are of images. Vid"
+            ):
+                open_source(tmp_path / name, media="videos")
+        write_table(tmp_path / "tables" / "t.parquet")
+        with pytest.raises(ValueError, match="none of the 1 files below it is one. Videos come as a folder of videos"):
+            open_source(tmp_path / "tables", media="videos")
+        with pytest.raises(ValueError, match="missing' does not exist; expected a folder"):
+            open_source(tmp_path / "missing", media="videos")
+        with pytest.raises(ValueError, match="missing.tar"):
+            open_source(tmp_path / "missing.tar", media="videos")
+        with pytest.raises(ValueError, match="memory://nothing"):
+            open_source("memory://nothing/here", media="videos")
+        touch(tmp_path / "clips" / "a.mp4")
+        with pytest.raises(ValueError, match="holds videos: fastlatent encode --vae"):
+            open_source(tmp_path / "clips")
+
+    def test_only_videos_that_cannot_be_read(self, tmp_path):
+        (tmp_path / "a.mp4").symlink_to("gone")
+        with pytest.raises(ValueError, match="holds no video that can be read: 1 cannot; the first is 'a.mp4': cannot"):
+            open_source(tmp_path, media="videos")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlatent.sources.columnar import ItemTable
+from fastlatent.sources.image_folder import VIDEOS
 from fastlatent.sources.items import RAGGED, Column, Source
 from fastlatent.sources.tar_members import DamagedTar, Window, members
 from fastlatent.sources.tars import scan_tars
@@ -215,6 +216,36 @@ class TestCaptions:
             scan_tars(tmp_path, captions="caption")
         with pytest.raises(ValueError, match="captions: expected the suffix"):
             scan_tars(tmp_path, captions="")
+
+
+class TestVideos:
+    def test_are_their_samples_members_with_a_videos_suffix(self, tmp_path):
+        files = {
+            "1.mp4": b"v", "1.jpg": b"poster", "1.txt": b" text ", "1.cls": b"2", "1.json": b"{}",
+            "2.low.webm": b"low", "2.webm": b"whole suffix", "UPPER.MKV": b"u", "3.png": b"no video",
+        }  # fmt: skip
+        make(tmp_path / "x.tar", files)
+        source = scan_tars(tmp_path, captions="txt", medium=VIDEOS)
+        assert read_all(source) == {"x.tar/1.mp4": b"v", "x.tar/2.webm": b"whole suffix", "x.tar/UPPER.MKV": b"u"}
+        assert [(one.label, one.attached["caption"]) for one in source.items] == [(2, "text"), (-1, ""), (-1, "")]
+        assert source.ignored == {".jpg": 1, ".webm": 1, ".png": 1}
+
+    def test_unusable_samples(self, tmp_path):
+        make(tmp_path / "x.tar", [("1.mp4", b"1"), ("1.webm", b"2"), ("2.mp4", b"3"), ("2.mp4", b"4"), ("3.mp4", b"5")])
+        source = scan_tars(tmp_path, medium=VIDEOS)
+        assert read_all(source) == {"x.tar/3.mp4": b"5"}
+        assert source.left_out["x.tar/1.mp4"] == "one sample of 2 videos: 1.mp4, 1.webm"
+        assert source.left_out["x.tar/2.mp4"] == "2.mp4 is in its tar twice"
+
+    def test_of_the_other_medium(self, tmp_path):
+        path = make(tmp_path / "x.tar", {"1.mp4": b"1", "1.txt": b"text"})
+        with pytest.raises(ValueError, match="no image in 1 tars; it holds videos: fastlatent encode --vae"):
+            scan_tars(path)
+        with pytest.raises(ValueError, match="captions 'alt': no video of .* has such a member"):
+            scan_tars(path, captions="alt", medium=VIDEOS)
+        path = make(tmp_path / "y.tar", {"1.png": b"1"})
+        with pytest.raises(ValueError, match="no video in 1 tars; it holds images: frames of clips have to lie in one"):
+            scan_tars(path, medium=VIDEOS)
 
 
 class TestStamps:

@@ -316,6 +316,23 @@ def test_what_is_no_dataset_says_what_it_is(toy, tmp_path, source):
         Dataset.open(path)
 
 
+def test_the_speed_of_an_encode_is_that_of_its_last_shards(toy, tmp_path, source):
+    path = tmp_path / "d"
+    toy.make_source(source, [f"ant/more{i}.jpg" for i in range(5)])
+    entries, classes = toy.scan(source)
+    with DatasetWriter.open(path, toy.PROVENANCE, classes, unit_rows=1, schema=toy.SCHEMA) as writer:
+        units = writer.plan(entries)
+        writer.commit(units[0], *toy.encode(units[0]))
+        assert build_state(path).rows_per_second is None  # of one shard nothing can be told
+        for unit in units[1:6]:
+            writer.commit(unit, *toy.encode(unit))
+    # A row every 2 s; the night that the machine was off is no part of the speed.
+    for unit, written in zip(units[:6], (0, 2, 4, 6, 36_006, 36_008), strict=True):
+        for shard in path.rglob(f"{unit.id}*.safetensors"):
+            os.utime(shard, (1e9 + written, 1e9 + written))
+    assert build_state(path).rows_per_second == pytest.approx(0.5)
+
+
 def test_build_state_of_a_second_generation(toy, change, tmp_path, source):
     path = tmp_path / "d"
     toy.build(path, source)

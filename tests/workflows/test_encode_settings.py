@@ -20,7 +20,7 @@ from fastlatent.media.decoders import NAMES, decoder_of
 from fastlatent.media.images import DECODE_RULE
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.store.reader import Dataset
-from fastlatent.workflows import encode_setup
+from fastlatent.workflows import encode_images
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TOLERANCE = 2e-6  # of the largest moment: a few roundings of float32
@@ -146,13 +146,13 @@ def covered(image: Image.Image, height: int, width: int) -> Image.Image:
 def test_buckets(chain, shapes, vae, tmp_path, monkeypatch):
     source, out, examined = tmp_path / "shapes", tmp_path / "d", []
     shutil.copytree(shapes, source)
-    image_size = encode_setup.image_size
+    image_size = encode_images.image_size
 
     def counted(data, **options):
         examined.append(len(data))
         return image_size(data, **options)
 
-    monkeypatch.setattr(encode_setup, "image_size", counted)
+    monkeypatch.setattr(encode_images, "image_size", counted)
     run = "--dtype float32 --transform buckets"
     assert "6 rows in 4 shards" in encoded(chain, source, out, run)  # of the 4 wide ones at most 3 lie in a shard
     assert len(examined) == 6
@@ -442,7 +442,7 @@ def test_the_output_is_a_local_folder_and_not_among_the_images(chain, images, tm
 def test_auto_takes_the_decoder_that_the_dataset_was_begun_with(chain, images, tmp_path, monkeypatch):
     out = tmp_path / "d"
     chain.ok(f"encode {chain.encode} --out", out, "--vae", chain.vae, images)
-    monkeypatch.setattr(encode_setup, "choose_decoder", lambda *_: ("dali", "it is the best"))
+    monkeypatch.setattr(encode_images, "choose_decoder", lambda *_: ("dali", "it is the best"))
     chain.image(99).save(images / "ant" / "99.png")
     assert (
         "decoder pillow: as recorded" in chain.ok(f"encode {chain.encode} --out", out, "--vae", chain.vae, images).out

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from chain_helpers import changed_weights, other_vae
+from tiny_teachers import write_teacher
+from tiny_video_models import make_vae
+from toy_videos import make_video
 
 from fastlatent.config import EncodeConfig
 from fastlatent.encoders.engines import engine as engines
@@ -27,6 +30,8 @@ class Base:
     source: Path
     flags: tuple[object, ...]
     latents: Path
+    encoder: tuple[object, ...]  # the flags that name it
+    encode: str  # and those for tiny inputs
 
 
 def write_clip(folder, seed=0):
@@ -65,6 +70,13 @@ def write_trajectories(chain, folder):
     return folder
 
 
+def write_videos(folder):
+    folder.mkdir()
+    for i in range(2):
+        make_video(folder / f"{i}.mp4", frames=20, size=(48, 32), seed=i)
+    return folder
+
+
 def write_manifest(chain, file):
     values = {"wind": 1.5, "rain": 0.0, "says": "a"}
     samples = [
@@ -85,10 +97,17 @@ def bases(chain, tmp_path_factory):
     def base(name) -> Base:
         if name not in made:
             flags: tuple[object, ...] = ()
-            source = chain.images
+            source, encoder, encode = chain.images, ("--vae", chain.vae), chain.encode
             if name == "images":
-                made[name] = Base(source, flags, chain.latents)
+                made[name] = Base(source, flags, chain.latents, encoder, encode)
                 return made[name]
+            if name in ("tokens", "clips"):
+                source, encode = write_videos(root / name), "--batch-size 2 --threads 1"
+                if name == "tokens":
+                    encoder = ("--teacher", "videomaev2", "--teacher-weights", write_teacher(root / "teacher"))
+                    flags = ("--placement", "random", "--project-to", 8)
+                else:
+                    encoder, encode = ("--vae", make_vae("AutoencoderKLWan", root / "wan")), f"{encode} --frames 5 --size 32"
             if name == "random":
                 flags = ("--transform", "random")
             elif name in ("captions", "text"):
@@ -101,8 +120,8 @@ def bases(chain, tmp_path_factory):
                 source = write_manifest(chain, root / "manifest.jsonl")
                 flags = ("--condition-spec", "wind:1")
             out = root / f"{name} latents"
-            chain.ok(f"encode {chain.encode} --vae", chain.vae, "--out", out, *flags, source)
-            made[name] = Base(source, flags, out)
+            chain.ok(f"encode {encode} --out", out, *encoder, *flags, source)
+            made[name] = Base(source, flags, out, encoder, encode)
         return made[name]
 
     return base
@@ -150,6 +169,18 @@ CHANGES = {
     "engine": ("images", "compile", "engine"),
     "batch_size": ("images", "3", "engine.batch_size"),
     "threads": ("images", "2", "engine.threads"),
+    "teacher_weights": ("tokens", lambda chain, tmp: write_teacher(tmp / "teacher", seed=1), "teacher.weights"),
+    "frames": ("clips", "9", "view.sampling.frames"),
+    "frame_stride": ("tokens", "3", "view.sampling.stride"),
+    "fps": ("tokens", "6", "view.sampling.fps"),
+    "placement": ("clips", "start", "view.sampling.placement"),
+    "views": ("clips", "2", "view.sampling.views"),
+    "short": ("clips", "loop", "view.sampling.short"),
+    "keep_pixels": ("tokens", None, "keep_pixels"),
+    "layer": ("tokens", "1", "teacher"),  # and so the weights that are used
+    "token_norm": ("tokens", "layer", "teacher.token_norm"),
+    "pool": ("tokens", "space", "teacher.pool"),
+    "project_to": ("tokens", "4", "teacher.projection"),
 }
 # Setting -> what it is tried on, and another value.
 KEEPS = {
@@ -173,28 +204,34 @@ KEEPS = {
     "max_errors": ("images", "0"),
     "allow_mixed": ("images", None),
     "cluster": ("images", "ray"),  # nothing is left for one
-}
+    "teacher_weights": (  # the same in another layout
+        "tokens", lambda chain, tmp: write_teacher(tmp / "teacher.pth", "github-module"),
+    ),
+    "frames": ("tokens", "4"),  # the teacher's own
+    "frame_stride": ("tokens", "2"),  # what 0 stood for
+    "layer": ("tokens", "2"),
+}  # fmt: skip
 
 
 def test_every_setting_is_one_or_the_other():
-    # `all` has a test of its own.
-    names = {name.split(":")[0] for name in CHANGES} | set(KEEPS) | {"all"}
+    # `all` has a test of its own, and so has what stands for others: `teacher` and `cache_dir`.
+    names = {name.split(":")[0] for name in CHANGES} | set(KEEPS) | {"all", "teacher", "cache_dir"}
     assert names == {field.name for field in dataclasses.fields(EncodeConfig)}
 
 
 def again(chain, tmp_path, base, out, name, value):
     """The command that made `base`, with one setting changed, on the copy `out`."""
-    source, vae, more = base.source, chain.vae, []
+    source, encoder, more = base.source, base.encoder, []
     if callable(value):
         value = value(chain, tmp_path)
     setting = name.split(":")[0]
     if setting == "source":
         source = value
     elif setting == "vae":
-        vae = value
+        encoder = ("--vae", value)
     elif setting != "out":
         more = [f"--{setting.replace('_', '-')}", *([] if value is None else [value])]
-    return chain.command(f"encode {chain.encode} --vae", vae, "--out", out, *base.flags, *more, source)
+    return chain.command(f"encode {base.encode} --out", out, *encoder, *base.flags, *more, source)
 
 
 def shards(folder):

@@ -8,6 +8,8 @@ import torch
 COMPILE_FROM = 2_000
 # Images of up to 256² in a batch.
 BASE_BATCH = {"cpu": 16, "cuda": 64}
+# Clips of 16 frames of 224² in a batch of a teacher. On CUDA 32 fill the GPU: 1,568 tokens each.
+CLIP_BATCH = {"cpu": 4, "cuda": 32}
 
 
 def choose_engine(device: torch.device, images: int, shapes: tuple[tuple[int, int], ...]) -> tuple[str, int, str]:
@@ -35,3 +37,19 @@ def choose_engine(device: torch.device, images: int, shapes: tuple[tuple[int, in
         name = "compile" if images > limit else "eager"
         why = f"{images:,} images, {'more than' if images > limit else 'at most'} {limit:,}"
     return name, batch, f"{why}; batch {batch}: the largest shape is {height}×{width}"
+
+
+def choose_clip_engine(device: torch.device, clips: int, teacher: bool) -> tuple[str, int, str]:
+    """(engine, batch size, reason for both) for `clips` clips; as with `choose_engine`, by rule alone.
+
+    teacher     on the CPU `eager`, batch 4; on CUDA batch 32, `compile` from 2,000 clips on, else `eager`
+    autoencoder `eager`, batch 1: one clip of many frames fills a device, and its length may differ from the next
+    """
+    if not teacher:
+        return "eager", 1, "an autoencoder of videos: clip by clip"
+    batch = CLIP_BATCH[device.type]
+    if device.type == "cpu":
+        return "eager", batch, f"on the CPU; batch {batch}"
+    many = clips >= COMPILE_FROM
+    why = f"{clips:,} clips, {'at least' if many else 'fewer than'} {COMPILE_FROM:,}; batch {batch}"
+    return "compile" if many else "eager", batch, why

@@ -1,16 +1,17 @@
-"""Engines: ways to run an autoencoder's encoder or decoder on batches of fixed shapes, all with the same result up to
-rounding."""
+"""Engines: ways to run an autoencoder's encoder or decoder, or a teacher of clips, on batches of fixed shapes, all with
+the same result up to rounding."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from fastlatent.encoders.clip_protocol import ClipEncoder
 from fastlatent.encoders.engines.compiled import OPTIONS, compile_ahead, compile_module
 from fastlatent.encoders.engines.numerics import numerics, relative_error
 from fastlatent.encoders.engines.onnx_export import OPSET
@@ -19,7 +20,7 @@ from fastlatent.encoders.fused_norms import fuse_norms
 from fastlatent.encoders.protocol import Autoencoder
 
 ENGINES = ("eager", "compile", "aoti", "tensorrt")
-Shape = tuple[int, ...]  # B, C, H, W
+Shape = tuple[int, ...]  # B, C, H, W; of clips B, C, T, H, W
 
 # |engine − eager| / |eager| above which an engine is refused. In bfloat16 each of the two is about 1 % from float32, in
 # float16 an eighth of that; four times both together.
@@ -36,17 +37,19 @@ class Engine:
     """
 
     def __init__(
-        self, name: str, half: str, runs: dict[Shape, Callable[[Tensor], Tensor]], like: Tensor,
-        settings: dict[str, Any],
+        self, name: str, half: str, runs: dict[Shape, Callable[[Tensor], Tensor]], dtype: torch.dtype,
+        device: torch.device | None, settings: dict[str, Any],
     ) -> None:  # fmt: skip
-        """like: an input; its dtype, device and memory format are those that runs take."""
+        """dtype, device: of what runs take; None: they move it themselves."""
         self.name, self.half = name, half
         self._runs = runs
-        self._dtype, self._device, self._format = like.dtype, like.device, _format(name)
+        self._dtype, self._device = dtype, device
         self._settings = settings
 
     def encode(self, pixels: Tensor) -> Tensor:
         """float [B, C, H, W] in [−1, 1], on the device → float32 moments or latents [B, 2C | C, h, w] there.
+
+        Of a ClipEncoder, what its `prepare` gives, [B, 3, T, H, W] → float32 [B, *row_shape].
 
         Asynchronous on CUDA. The same input gives the same bytes.
 
@@ -71,9 +74,9 @@ class Engine:
         if run is None:
             shapes = ", ".join(map(str, self._runs)) or "none, it is closed"
             raise ValueError(f"engine {self.name}: expected {takes} of shape {shapes}; got {tuple(inputs.shape)}")
-        if inputs.device != self._device:
+        if self._device not in (None, inputs.device):
             raise ValueError(f"engine {self.name}: expected {takes} on {self._device}, got {inputs.device}")
-        inputs = inputs.to(self._dtype).contiguous(memory_format=self._format)
+        inputs = inputs.to(self._dtype).contiguous(memory_format=_format(self.name, inputs.ndim))
         if inputs.is_inference():  # to Dynamo another kind of tensor: it would compile once more
             inputs = inputs.clone()
         out = run(inputs)
@@ -90,7 +93,7 @@ class Engine:
 
 
 def open_engine(
-    name: str, vae: Autoencoder, *, shapes: tuple[Shape, ...], cache: str | Path, fuse: bool = False
+    name: str, vae: Autoencoder | ClipEncoder, *, shapes: tuple[Shape, ...], cache: str | Path, fuse: bool = False
 ) -> Engine:
     """Make everything ready to encode batches of the given shapes with the weights as they are now.
 
@@ -102,18 +105,21 @@ def open_engine(
               (AMD EPYC with AVX-512)
     compile   torch.compile of the whole encoder; as a CUDA graph on CUDA
     aoti      the same compiler ahead of time, into a package in `cache` that later runs load
-    tensorrt  TensorRT by way of ONNX, its plan in `cache`; CUDA only
+    tensorrt  TensorRT by way of ONNX, its plan in `cache`; CUDA only, and not for clips
+
+    Clips are contiguous everywhere, and `eager` is the encoder's own `encode`: it copies no weights.
 
     Args:
-        shapes: (B, C, H, W), one for each bucket. A batch that is not full is padded by the caller.
+        shapes: (B, C, H, W), or (B, 3, T, H, W) of a ClipEncoder; one for each bucket. A batch that is not full is
+            padded by the caller.
         cache: folder for packages and plans; whoever can write there can run code here.
         fuse: GroupNorm and SiLU as one op of ours, in `eager` and `compile`. On the CPU that changes the time of the
             whole encoder by less than its noise (under 10 %), and halves the error of float32: torch's GroupNorm loses
             digits in channels_last (3e-6 from float64 at 128², 1.5e-6 with ours, 1e-6 in torch's other layout).
 
     Raises:
-        ValueError: an unknown engine, no shape, one that does not fit the autoencoder, a library that is missing, a
-            compiler that fails, or a result that is not eager's.
+        ValueError: an unknown engine, no shape, one that does not fit the encoder, a library that is missing, a
+            compiler that fails, or a result that is not eager's; a ClipEncoder that runs eagerly only.
     """
     return _opened(name, "encoder", vae, shapes, Path(cache), fuse)
 
@@ -129,17 +135,32 @@ def open_decoder(
     return _opened(name, "decoder", vae, shapes, Path(cache), fuse)
 
 
-def _opened(name: str, half: str, vae: Autoencoder, shapes: tuple[Shape, ...], cache: Path, fuse: bool) -> Engine:
+def _opened(name: str, half: str, vae: Any, shapes: tuple[Shape, ...], cache: Path, fuse: bool) -> Engine:
     if name not in ENGINES:
         raise ValueError(f"--engine: expected one of {', '.join(ENGINES)}, got {name!r}")
     if fuse and name not in ("eager", "compile"):
         raise ValueError(f"--engine {name}: its network cannot hold the fused GroupNorm; only eager and compile can")
+    if _takes_clips(vae):
+        _check_clips(name, fuse, shapes, vae)
+        if name == "eager":
+            # Both kinds of teachers have a device; VideoClipEncoder is not opened here.
+            settings = engine_settings(name, torch.device(getattr(vae, "device", "cpu")), clips=True)
+            return Engine(name, half, dict.fromkeys(shapes, vae.encode), torch.float32, None, settings)
+        return _built(name, half, vae.encoder(), shapes, cache, vae.identity())
     _check(half, shapes, vae)
     network = vae.encoder() if half == "encoder" else vae.decoder()
+    return _built(name, half, network, shapes, cache, vae.identity(), fuse)
+
+
+def _built(
+    name: str, half: str, network: nn.Module, shapes: tuple[Shape, ...], cache: Path, identity: dict[str, Any],
+    fuse: bool = False,
+) -> Engine:  # fmt: skip
     weight = next(network.parameters())
     if name == "tensorrt" and weight.device.type != "cuda":
         raise ValueError("--engine tensorrt: needs a CUDA device; use --engine eager on the CPU")
-    settings = engine_settings(name, weight.device, fuse=fuse)
+    clips = len(shapes[0]) == 5
+    settings = engine_settings(name, weight.device, fuse=fuse, clips=clips)
     # A copy: the layout of the autoencoder's own weights changes the last bits of what it encodes and decodes.
     module = copy.deepcopy(network).eval().requires_grad_(False)
     for parameter in module.parameters():
@@ -150,12 +171,12 @@ def _opened(name: str, half: str, vae: Autoencoder, shapes: tuple[Shape, ...], c
     runs: dict[Shape, Callable[[Tensor], Tensor]] = {}
     pool = torch.cuda.graph_pool_handle() if weight.is_cuda and name == "compile" else None
     for shape in dict.fromkeys(shapes):
-        inputs = _noise(shape, weight).contiguous(memory_format=_format(name))
+        inputs = _noise(shape, weight).contiguous(memory_format=_format(name, len(shape)))
         with torch.inference_mode(False), torch.no_grad():
-            runs[shape] = _open(name, half, module, inputs, vae, cache, settings, pool)
+            runs[shape] = _open(name, half, module, inputs, identity, cache, settings, pool)
             if name != "eager":
                 _compare(name, runs[shape](inputs), module, inputs)
-    return Engine(name, half, runs, weight, settings)
+    return Engine(name, half, runs, weight.dtype, weight.device, settings)
 
 
 def _open(
@@ -163,7 +184,7 @@ def _open(
     half: str,
     module: nn.Module,
     inputs: Tensor,
-    vae: Autoencoder,
+    identity: dict[str, Any],
     cache: Path,
     settings: dict[str, Any],
     pool: Any,
@@ -178,7 +199,7 @@ def _open(
         return (
             compile_module(module, inputs, pool)
             if name == "compile"
-            else compile_ahead(module, (inputs,), cache, vae.identity())
+            else compile_ahead(module, (inputs,), cache, identity)
         )
     except (OSError, torch.OutOfMemoryError):  # a full disk and a full GPU say so themselves
         raise
@@ -187,17 +208,37 @@ def _open(
         raise ValueError(f"--engine {name}: compiling the {half} failed: {text}; use --engine eager") from error
 
 
-def engine_settings(name: str, device: torch.device, *, fuse: bool = False) -> dict[str, Any]:
-    """`Engine.settings` of an engine that is not open yet; TensorRT's are known only then, and name its plans too."""
-    settings: dict[str, Any] = {"name": name, "memory_format": str(_format(name)).removeprefix("torch.")}
+def engine_settings(name: str, device: torch.device, *, fuse: bool = False, clips: bool = False) -> dict[str, Any]:
+    """`Engine.settings` of an engine that is not open yet; TensorRT's are known only then, and name its plans too.
+
+    clips: of a ClipEncoder.
+    """
+    memory_format = _format(name, 5 if clips else 4)
+    settings: dict[str, Any] = {"name": name, "memory_format": str(memory_format).removeprefix("torch.")}
     settings |= {**numerics(device), **({"fused_norms": True} if fuse else {})}
     if name == "tensorrt":
         return {**settings, "tensorrt": import_tensorrt().__version__, "builder": BUILDER, "opset": OPSET}
     return settings if name == "eager" else {**settings, "options": OPTIONS}
 
 
-def _format(name: str) -> torch.memory_format:
-    return torch.contiguous_format if name == "tensorrt" else torch.channels_last
+def _format(name: str, dimensions: int = 4) -> torch.memory_format:
+    return torch.contiguous_format if name == "tensorrt" or dimensions != 4 else torch.channels_last
+
+
+def _takes_clips(vae: Any) -> TypeGuard[ClipEncoder]:
+    return hasattr(vae, "row_shape")
+
+
+def _check_clips(name: str, fuse: bool, shapes: tuple[Shape, ...], encoder: ClipEncoder) -> None:
+    if name == "tensorrt" or fuse:
+        what = "clips" if name == "tensorrt" else "clips with fused norms"
+        raise ValueError(f"--engine {name}: not for {what}; use eager, compile or aoti")
+    if not shapes:
+        raise ValueError("engine: expected one or more shapes (B, 3, T, H, W), got none")
+    for shape in shapes:
+        if len(shape) != 5 or min(shape) < 1 or shape[1] != 3:
+            raise ValueError(f"engine: expected shapes (B, 3, T, H, W), got {shape}")
+        encoder.row_shape(*shape[2:])
 
 
 def _check(half: str, shapes: tuple[Shape, ...], vae: Autoencoder) -> None:
@@ -222,9 +263,9 @@ def _noise(shape: Shape, weight: Tensor) -> Tensor:
 
 
 def _compare(name: str, got: Tensor, module: nn.Module, inputs: Tensor) -> None:
-    """The first and the last image of the batch against eager, one by one: eager needs more memory than the engine."""
+    """The first and the last row of the batch against eager, one by one: eager needs more memory than the engine."""
     for row in sorted({0, len(inputs) - 1}):
-        want = module(inputs[row : row + 1].contiguous(memory_format=_format(name)))
+        want = module(inputs[row : row + 1].contiguous(memory_format=_format(name, inputs.ndim)))
         error, limit = relative_error(got[row : row + 1], want), LIMITS[inputs.dtype]
         if not error <= limit:  # NaN is above
             raise ValueError(
