@@ -22,6 +22,13 @@ constexpr int64_t kTogether = 5;
 constexpr int64_t kPiece = 128;
 constexpr int64_t kCacheLine = 64;
 constexpr int kLevel2 = 2;  // __builtin_prefetch's locality; prefetcht1
+// Rows shorter than half a page end before five streams are worth it: one after another, the row eight places ahead
+// being fetched into level 2. 12,544 tokens of 1536 B, a quarter of 32 clips (p50; contiguous memcpy 2.00 ms):
+//   five side by side 2.71; the row 1, 2, 4, 8, 16 ahead prefetched 2.16, 2.08, 2.07, 2.00, 2.07. At 2.5 KiB a row both
+//   are equal.
+constexpr int64_t kShortRow = 2048;
+constexpr int64_t kAhead = 8;
+constexpr int64_t kShortPiece = 256;
 // Starting a thread takes as long as copying half a MiB, and one thread comes near what memory gives: with 2 threads
 // 256 rows of 8 KiB took 218 us, with one 190.
 constexpr int64_t kBytesPerThread = 4 << 20;
@@ -31,8 +38,23 @@ void copy_range(const int64_t* table, const int64_t* shard_index, const int64_t*
   const auto source = [&](int64_t i) {
     return reinterpret_cast<const char*>(table[2 * shard_index[i]]) + row_index[i] * row_bytes;
   };
-  const int64_t whole = row_bytes / kPiece * kPiece;
   int64_t i = begin;
+  if (row_bytes <= kShortRow) {
+    const int64_t pieces = row_bytes / kShortPiece * kShortPiece;
+    for (; i < end; ++i) {
+      const char* from = source(i);
+      const char* later = source(std::min(i + kAhead, end - 1));
+      char* to = out + i * row_bytes;
+      for (int64_t b = 0; b < pieces; b += kShortPiece) {
+        for (int64_t line = 0; line < kShortPiece; line += kCacheLine) __builtin_prefetch(later + b + line, 0, kLevel2);
+        std::memcpy(to + b, from + b, kShortPiece);
+      }
+      __builtin_prefetch(later + pieces, 0, kLevel2);
+      std::memcpy(to + pieces, from + pieces, row_bytes - pieces);
+    }
+    return;
+  }
+  const int64_t whole = row_bytes / kPiece * kPiece;
   for (; i + kTogether <= end; i += kTogether) {
     const char* from[kTogether];
     const char* next[kTogether];

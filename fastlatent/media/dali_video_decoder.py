@@ -12,7 +12,7 @@ from nvidia.dali import Pipeline, fn, types
 
 from fastlatent.media.orientation import upright
 from fastlatent.media.pyav_decoder import RULE as PYAV_RULE
-from fastlatent.media.pyav_decoder import PyavVideo
+from fastlatent.media.pyav_decoder import PyavDecoder, PyavVideo
 from fastlatent.media.video_decoders import Closing, TarVideo, Video, check_indices, is_tar
 
 RULE = f"dali-1 {{place}}; other: {PYAV_RULE}"
@@ -41,6 +41,7 @@ class DaliDecoder:
             self.device = f"cuda:{self._index}"
         self.place = self.device.split(":")[0]
         self.rule = RULE.format(place="cpu" if self.place == "cpu" else "nvdec")
+        PyavDecoder(device="cpu", threads=1)  # new enough
         self._pipelines: SimpleQueue[Any] = SimpleQueue()
         for _ in range(threads):
             self._pipelines.put(self._build())
@@ -51,7 +52,7 @@ class DaliDecoder:
             return TarVideo(data)
         video = PyavVideo(data)
         known = video.codec in CODECS[self.place] and video.pixel_format in PIXEL_FORMATS
-        return DaliVideo(self, video, data) if known and not video.table.by_order else video
+        return DaliVideo(self, video, data) if known and video.plain() else video
 
     def close(self) -> None:
         self._pipelines = SimpleQueue()

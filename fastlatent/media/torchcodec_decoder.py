@@ -8,15 +8,17 @@ import numpy as np
 from torchcodec.decoders import VideoDecoder as TorchcodecFile
 
 from fastlatent.media.pyav_decoder import RULE as PYAV_RULE
-from fastlatent.media.pyav_decoder import PyavVideo
+from fastlatent.media.pyav_decoder import PyavDecoder, PyavVideo
 from fastlatent.media.video_decoders import Closing, TarVideo, Video, check_indices, is_tar
 
 RULE = f"torchcodec-1 exact; other: {PYAV_RULE}"
 """Frames by number in torchcodec's exact mode, one thread a video, its own conversion to 8-bit RGB, its own turning.
 Its pixels are PyAV's bit for bit where swscale has a converter of its own (8-bit 4:2:0 and 4:2:2 of an even height),
-not for 10 bits and odd heights: hence a rule of its own. Files whose frames it would number otherwise (timestamps that
-are missing or repeat, hidden packets), mirrored pictures and whatever it refuses are decoded by PyAV. It conceals
-damage that PyAV would refuse; PyAV, which reads the container and the first frame, still refuses what is cut off."""
+not for 10 bits and odd heights: hence a rule of its own. By PyAV are decoded: files whose frames it would number
+otherwise (timestamps that are missing or repeat, packets that are not shown); H.264 with key frames that are no IDR
+pictures (torchcodec seeks to them, and in a stream of intra refresh a frame's pixels then depend on what else is read);
+mirrored pictures; whatever it refuses. It conceals damage that PyAV would refuse; PyAV, which reads the container and
+the first frame, still refuses what is cut off."""
 MIRRORED = (2, 4, 5, 7)
 
 
@@ -25,13 +27,14 @@ class TorchcodecDecoder:
 
     name, rule, device, packages = "torchcodec", RULE, "cpu", ("torchcodec", "av")
 
-    def __init__(self, *, device: str, threads: int) -> None: ...
+    def __init__(self, *, device: str, threads: int) -> None:
+        PyavDecoder(device="cpu", threads=1)  # new enough
 
     def open(self, data: bytes) -> Video:
         if is_tar(data):
             return TarVideo(data)
         video = PyavVideo(data)
-        return video if video.table.by_order or video.orientation in MIRRORED else TorchcodecVideo(video, data)
+        return TorchcodecVideo(video, data) if video.plain() and video.orientation not in MIRRORED else video
 
     def close(self) -> None: ...
 

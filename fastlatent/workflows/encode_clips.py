@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -146,11 +147,16 @@ class ClipSetup(EncodeSetup):
 
     @cached_property
     def _examined(self) -> Any:
-        """`examine` of a video's first view, for the others as well: they follow it."""
+        """`examine` of a video's first view, for the others as well: they follow it, or come at the same time."""
+        locks = [threading.Lock() for _ in range(64)]
 
         @functools.lru_cache(maxsize=64)
-        def examined(key: str) -> tuple[str, int] | None:
+        def examine(key: str) -> tuple[str, int] | None:
             return super(ClipSetup, self).examine(Entry(f"{key}@0", "", -1, 0, 0))
+
+        def examined(key: str) -> tuple[str, int] | None:
+            with locks[hash(key) % len(locks)]:
+                return examine(key)
 
         return examined
 
@@ -177,7 +183,7 @@ class ClipSetup(EncodeSetup):
     def _engine_settings(self) -> dict[str, Any]:
         if isinstance(self.encoder, VideoClipEncoder):
             return {"name": "eager", **numerics(self.device)}
-        return engine_settings(self.config.engine, self.device)
+        return engine_settings(self.config.engine, self.device, clips=True)
 
     def _packages(self) -> list[str]:
         of_encoder = ["diffusers"] if self.config.vae else []
@@ -298,7 +304,7 @@ def _open_reader(
             encoder.row_shape(count, *shape)  # refuses what it does not take
     sampling = FrameSampling(
         frames,
-        stride=config.frame_stride or (VAE_STRIDE if config.teacher is None else TEACHER_STRIDE),
+        stride=config.frame_stride or _stride(config),
         placement=config.placement,
         views=config.views,
         fps=config.fps,
@@ -313,6 +319,13 @@ def _open_reader(
     return ClipReader(decoder, sampling, transform), reasons
 
 
+def _stride(config: EncodeConfig) -> int:
+    """What --frame-stride 0 stands for."""
+    if config.placement == "uniform":  # the video's length decides
+        return 1
+    return VAE_STRIDE if config.teacher is None else TEACHER_STRIDE
+
+
 def _refuse_settings_of_others(config: EncodeConfig) -> None:
     """Raise ValueError for what means nothing for clips, or nothing with an autoencoder."""
     defaults = {one.name: one.default for one in fields(config)}
@@ -323,7 +336,7 @@ def _refuse_settings_of_others(config: EncodeConfig) -> None:
     if config.vae is None and config.mirror:  # a student needs the tokens of the clip that it sees
         given.append("--mirror")
     if given:
-        raise ValueError(f"{', '.join(given)}: means nothing for videos {'with --vae' if config.vae else ''}".rstrip())
+        raise ValueError(f"{', '.join(given)}: means nothing for videos with --{'vae' if config.vae else 'teacher'}")
     if config.decoder in IMAGE_DECODERS:
         raise ValueError(f"--decoder {config.decoder}: of images; expected auto, pyav, torchcodec or dali for videos")
     if config.fps is not None and not (config.fps > 0 and math.isfinite(config.fps)):
