@@ -137,7 +137,9 @@ class TeacherTokens(torch.utils.data.Dataset):
                 )
             if kind == "auto":
                 kind, split = told.get("kind") or "auto", split or told.get("split")
-            self._views = VideoViews(videos, recorded, kind=kind, split=split, device=device)
+            self._views = VideoViews(
+                videos, recorded, kind=kind, split=split, captions=told.get("captions"), device=device
+            )
         elif clips and "pixels" not in {one.name for one in store.extras}:
             raise ValueError(
                 f"{path}: no pixels were stored beside the tokens: give videos=, or encode with --keep-pixels"

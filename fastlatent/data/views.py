@@ -108,7 +108,7 @@ class VideoViews:
     Args:
         root: of the videos: what `fastlatent encode` was given, or where they are now.
         settings: the dataset's provenance["hashed"]["view"].
-        kind, split: as for `fastlatent encode`.
+        kind, split, captions: as for `fastlatent encode`; captions too, since a row's digest covers what lies beside.
         device: where the decoder works.
 
     Raises:
@@ -123,9 +123,10 @@ class VideoViews:
         *,
         kind: str = "auto",
         split: str | None = None,
+        captions: str | None = None,
         device: str = "cpu",
     ) -> None:
-        self.root, self.kind, self.split, self.device = str(root), kind, split, device
+        self.root, self.kind, self.split, self.captions, self.device = str(root), kind, split, captions, device
         self.settings = dict(settings)
         self._source: Source | None = None
         self._number: dict[str, int] = {}
@@ -139,7 +140,9 @@ class VideoViews:
     def source(self) -> Source:
         """The videos; listed with the first use in this process."""
         if self._source is None:
-            self._source = open_source(self.root, media="videos", kind=self.kind, split=self.split)
+            self._source = open_source(
+                self.root, media="videos", kind=self.kind, split=self.split, captions=self.captions
+            )
         return self._source
 
     def item(self, id: str) -> Item | None:

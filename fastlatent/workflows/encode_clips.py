@@ -192,7 +192,8 @@ class ClipSetup(EncodeSetup):
     def provenance(self) -> dict[str, Any]:
         """With what a dataset over it needs to find the videos again."""
         made = super().provenance()
-        made["informational"] |= {"kind": self.config.kind, "split": self.config.split}
+        names = ("kind", "split", "captions")
+        made["informational"] |= {name: getattr(self.config, name) for name in names}
         return made
 
     def close(self) -> None:

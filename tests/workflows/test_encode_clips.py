@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from toy_videos import damaged, frame_folder, frame_number, make_video
 from fastlatent.data.masks import MaskConfig
 from fastlatent.data.teacher_tokens import TeacherTokens
 from fastlatent.data.views import column_row
-from fastlatent.encoders.teachers import load_teacher
+from fastlatent.encoders.teachers import VideoMAETeacher, load_teacher
 from fastlatent.media.clips import open_clip_reader
 from fastlatent.sources.items import Source
 from fastlatent.store.reader import Dataset
@@ -432,7 +433,10 @@ def test_views_of_a_video_that_changed(with_teacher, videos, views, tmp_path):
     assert [dataset.groups.key(int(i)) for i in dataset.groups.group] == [dataset.key(i)[:-2] for i in range(10)]
 
 
-def test_inspect_tells_how_far_an_encode_is(with_teacher, videos, tmp_path, chain):
+def test_inspect_tells_how_far_an_encode_is(with_teacher, videos, tmp_path, chain, monkeypatch):
+    prepare = VideoMAETeacher.prepare
+    # Shards apart by more than a tick of the file system's clock, 4 ms.
+    monkeypatch.setattr(VideoMAETeacher, "prepare", lambda self, clips: time.sleep(0.01) or prepare(self, clips))
     damaged(videos / "ant/ä b.mp4", videos / "bee/9.mp4", "garbage")
     out = tmp_path / "d"
     with_teacher(videos, out, "--unit-rows 1 --max-errors 0 --keep-pixels")  # the last of 5 units stops it
@@ -547,3 +551,10 @@ def test_commands_for_images_say_what_they_cannot_do(chain, cache, clips, tmp_pa
     for dataset, message in ((cache, of_tokens), (clips, of_clips)):
         done = chain.command(line.format(tmp_path / "o"), dataset)
         assert done.code == 1 and message in done.message
+
+
+def test_a_cache_with_captions_finds_its_videos_again(with_teacher, videos, tmp_path):
+    (videos / next(iter(VIDEOS))).with_suffix(".txt").write_text("a caption, which the file's digest covers")
+    taken(with_teacher(videos, tmp_path / "d", "--captions txt"))
+    cached = TeacherTokens(tmp_path / "d", videos=videos, missing="error")
+    assert [len(sample["clip"]) for sample in cached] == [4] * 4

@@ -107,7 +107,8 @@ def bases(chain, tmp_path_factory):
                     encoder = ("--teacher", "videomaev2", "--teacher-weights", write_teacher(root / "teacher"))
                     flags = ("--placement", "random", "--project-to", 8)
                 else:
-                    encoder, encode = ("--vae", make_vae("AutoencoderKLWan", root / "wan")), f"{encode} --frames 5 --size 32"
+                    encoder = ("--vae", make_vae("AutoencoderKLWan", root / "wan"))
+                    encode += " --frames 5 --size 32"
             if name == "random":
                 flags = ("--transform", "random")
             elif name in ("captions", "text"):

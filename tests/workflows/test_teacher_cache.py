@@ -121,17 +121,17 @@ def disturbed(chain, arguments, made, forking_process, tmp_path_factory):
         return json.loads(forking_process.stdout.readline())
 
     def size():
-        return sum(path.stat().st_size for path in cache.glob("train/shards/*/*"))
+        return sum(path.stat().st_size for path in cache.glob("train/shards/*/*.safetensors"))
 
-    # One at its first shard, the other once there are two: then inspect can tell a speed.
-    assert run(count=2, kill_after=[[shards, 0], [shards, 42_000]]) == [-9, -9]
-    kept = {path.name for path in cache.glob("train/shards/*/*")}
-    assert 2 <= len(kept) <= 6  # of 10 units
+    # One at the first shard of 41 KiB, the other at the third.
+    assert run(count=2, kill_after=[[shards, 0], [shards, 90_000]]) == [-9, -9]
+    kept = {path.name for path in cache.glob("train/shards/*/*.safetensors")}
+    assert 3 <= len(kept) <= 7  # of 10 units
     unfinished = chain.ok("inspect", cache / "train").out
     with pytest.raises(ValueError, match=r"an encode was interrupted .* rerun the same encode command to go on"):
         CachedSSv2Dataset(cache)
     assert run(kill_after=[[shards, size()]], signal=2) == [130]
-    assert kept <= {path.name for path in cache.glob("train/shards/*/*")}  # nothing is done twice
+    assert kept <= {path.name for path in cache.glob("train/shards/*/*.safetensors")}  # nothing is done twice
     codes = run(count=2, kill_after=[[shards, size()], None])
     assert codes in ([-9, 0], [0, 0])
     for log in cache.glob("log*"):
@@ -141,9 +141,7 @@ def disturbed(chain, arguments, made, forking_process, tmp_path_factory):
 
 def test_a_cache_of_killed_processes_is_the_undisturbed_one(chain, undisturbed, disturbed):
     assert settled(chain, disturbed[0]) == settled(chain, undisturbed[0])
-    told = disturbed[1]
-    for line in ("unfinished encode", "rows/s, by the last shards", "time left once it goes on: about ", "GiB free"):
-        assert line in told
+    assert "unfinished encode" in disturbed[1] and "none; rerun the same encode command to go on" in disturbed[1]
     assert "sound" in chain.ok("verify --full --reencode 20", disturbed[0] / "train").out
 
 
@@ -265,11 +263,11 @@ def test_ids_do_not_shift_where_clips_are_lost(undisturbed, made, tree, teacher)
 
 def test_the_same_command_catches_up(chain, arguments, undisturbed, made, tree, tmp_path):
     cache, good = Path(shutil.copytree(undisturbed[0], tmp_path / "cache")), made[1]
-    before = {path.name for path in cache.glob("train/shards/*/*")}
+    before = {path.name for path in cache.glob("train/shards/*/*.safetensors")}
     make_video(tree / "20bn-something-something-v2" / f"{good[4]}.webm", frames=20, seed=99)
     done = chain.ok("", *arguments(tree, cache))
     assert "1 files encoded now" in done.out
-    assert len({path.name for path in cache.glob("train/shards/*/*")} - before) == 1
+    assert len({path.name for path in cache.glob("train/shards/*/*.safetensors")} - before) == 1
     samples = CachedSSv2Dataset(cache, data_root=tree, missing="leave-out").__getitems__(range(GOOD))
     assert [sample["id"] for sample in samples] == good
     moved = CachedSSv2Dataset(cache, data_root=made[0], ids=[good[4], good[5]])  # where the file is the earlier one
@@ -333,13 +331,17 @@ def test_what_else_is_refused(chain, arguments, undisturbed, made, teacher):
 
 @pytest.mark.soak
 def test_killed_fifty_times(chain, forked, arguments, made, undisturbed, tmp_path):
-    cache, draw = tmp_path / "cache", random.Random(50)
-    argv = arguments(made[0], cache)
-    # Slow enough that the encode outlasts many of the kills; some come before the first shard, some amid a commit.
-    kills = [{"argv": argv, "first": SLOW, "kill_after": [draw.uniform(0.05, 0.4)]} for _ in range(25)]
-    kills += [
-        {"argv": argv, "first": SLOW, "count": 2, "kill_after": [draw.uniform(0.05, 0.4), 0.4]} for _ in range(25)
-    ]
-    *killed, last = forked(*kills, {"argv": argv})
-    assert last == [0] and any(-9 in codes for codes in killed)
-    assert settled(chain, cache) == settled(chain, undisturbed[0])
+    cache, draw, killed = tmp_path / "cache", random.Random(50), 0
+    job = {"argv": arguments(made[0], cache), "first": SLOW}
+    wanted = settled(chain, undisturbed[0])
+    while killed < 50:
+        count = 1 + killed % 2
+        (codes,) = forked({**job, "count": count, "kill_after": [draw.uniform(0.05, 0.4) for _ in range(count)]})
+        assert set(codes) <= {0, -9}
+        killed += codes.count(-9)
+        if (cache / "train" / "dataset.json").exists():
+            # Killed behind the last rename, or not at all: the next run finds nothing to do, and another cache begins.
+            assert forked(job) == [[0]]
+            assert settled(chain, cache) == wanted
+            shutil.rmtree(cache)
+    assert forked(job) == [[0]] and settled(chain, cache) == wanted
