@@ -33,7 +33,7 @@ OURS = tuple(f"fastlatent-{name}" for name in NAMES)
 RIVALS = ("torchcodec", "torchcodec-approximate", "decode-all")
 
 CASES = [
-    Case("video_decode", {"video": video, "frames": FRAMES, "stride": STRIDE, "clips": CLIPS}, "uint8", "cpu",
+    Case("clip_decode", {"video": video, "frames": FRAMES, "stride": STRIDE, "clips": CLIPS}, "uint8", "cpu",
          (*OURS, *RIVALS), threads=threads)
     for video in VIDEOS for threads in (1, 2)
 ]  # fmt: skip

@@ -203,7 +203,7 @@ def _add_field(parser: argparse.ArgumentParser, cls: Any, field: dataclasses.Fie
     flag = "--" + field.name.replace("_", "-")
     if field.default is dataclasses.MISSING:
         help += " (required)"
-    elif field.default not in (None, ()):
+    elif field.default not in (None, (), ""):
         default = ",".join(map(str, field.default)) if kind is tuple else field.default
         help += f" (default: {default})"
     if kind is bool:

@@ -153,7 +153,7 @@ def test_help_names_every_setting_with_its_default(capsys, command, monkeypatch)
         note = (described[1] or "").strip()
         if field.default is dataclasses.MISSING:
             assert note == "(required)"
-        elif field.default not in (None, ()):
+        elif field.default not in (None, (), ""):
             kind, _ = config.value_type(hints[field.name])
             shown = ",".join(map(str, field.default)) if kind is tuple else str(field.default)
             assert note == f"(default: {shown})"

@@ -13,7 +13,7 @@ STEPS = "experiments: the same for steps, such as step_000,step_019"
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """Decode latents: denoising steps of an experiment to videos; a dataset or a file of latents to images."""
+    """Decode latents: denoising steps of an experiment or clips of a dataset to videos; other latents to images."""
 
     latents: str = required(
         "experiment folder (latents/PROMPT/VIDEO/step_*, configs/generation_config.yaml), dataset folder, or latents: "
@@ -21,7 +21,7 @@ class DecodeConfig:
         positional=True,
     )
     output_dir: str | None = option(
-        None, "where to write; otherwise EXPERIMENT/latents_videos, or NAME-images beside the latents"
+        None, "where to write; otherwise EXPERIMENT/latents_videos, or NAME-images or NAME-videos beside the latents"
     )
     vae: str | None = option(
         None, "autoencoder; otherwise the experiment's model_id, or the one that the latents' provenance names"
@@ -41,7 +41,10 @@ class DecodeConfig:
         choices=("auto", "mp4", "gif", "webp", "png-frames", "png", "jpeg", "tiff"),
     )
     fps: float | None = option(
-        None, "frames a second; otherwise video_settings.fps of the experiment, or 12", minimum=0.01, maximum=1000
+        None,
+        "frames a second; otherwise the experiment's video_settings.fps or the clips' --fps, or 12",
+        minimum=0.01,
+        maximum=1000,
     )
     crf: int = option(18, "quality of mp4: 0 is without loss, 51 the worst", minimum=0, maximum=51)
     scale: float = option(1.0, "videos: factor of width and height", minimum=0.01, maximum=16)
@@ -49,7 +52,7 @@ class DecodeConfig:
     dry_run: bool = option(False, "say what would be decoded, of an experiment also the plan, and stop")
     verbose: bool = option(False, "experiments: a line for each step")
     gpus: str | None = option(None, 'experiments: one process on each of these GPUs, such as "0,1"')
-    limit: int = option(0, "images: only the first; 0: all", minimum=0)
+    limit: int = option(0, "images, clips: only the first; 0: all", minimum=0)
     columns: int = option(10, "images per row of sheet.png", minimum=1)
     bit_depth: str = option("8", "of PNG images; 16 for models of 16-bit or float images", choices=("8", "16"))
     batch_size: int = option(16, "images: latents per forward pass", minimum=1)

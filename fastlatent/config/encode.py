@@ -111,7 +111,7 @@ class EncodeConfig:
     decoder: str = option(
         "auto",
         "who decodes; auto: pillow, or on CUDA the first of dali, nvimagecodec, pillow that is installed; of videos "
-        "the first of pyav, torchcodec",
+        "pyav, or on CUDA dali where it is installed",
         choices=("auto", "pillow", "nvimagecodec", "dali", "pyav", "torchcodec"),
     )
     payload: str = option(

@@ -24,7 +24,9 @@ class VerifyConfig:
     dataset: str = required("dataset folder", positional=True)
     full: bool = option(False, "read every byte: digests of shards and rows, NaN, index, statistics")
     reencode: int = option(0, "encode so many samples, drawn at random, again and compare", minimum=0)
-    vae: str | None = option(None, "for --reencode: the autoencoder; otherwise where it was when the set was encoded")
+    vae: str | None = option(
+        None, "for --reencode: the autoencoder, or the teacher's weights; otherwise where they were then"
+    )
     source: str | None = option(None, "for --reencode: the images; otherwise where they were then")
     seed: int = option(0, "of the draw of --reencode", minimum=0, maximum=MAX_SEED)
     tolerance: float = option(

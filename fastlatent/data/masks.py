@@ -76,6 +76,8 @@ class MaskConfig:
         if len(grid) != 3 or min(grid) < 1 or math.prod(grid) >= 1 << _PLACE_BITS:
             raise ValueError(f"mask: expected a grid (time steps, height, width), got {tuple(grid)}")
         tokens, copies = math.prod(grid), self._copies(grid)
+        if tokens == 1:
+            raise ValueError(f"mask: the grid {tuple(grid)} is one token, as of --pool all: nothing would stay visible")
         count = round(self.ratio * (tokens // copies)) * copies
         if not 0 < count < tokens:
             raise ValueError(
@@ -224,21 +226,6 @@ def complement(tokens: Tensor, total: int) -> Tensor:
     rest = np.ones((len(tokens), total), bool)
     np.put_along_axis(rest, tokens.numpy(), False, 1)
     return torch.from_numpy(np.nonzero(rest)[1].reshape(len(tokens), total - tokens.shape[1]))
-
-
-def square_grid(tokens: int, steps: int) -> tuple[int, int, int]:
-    """(steps, side, side) of a clip's `tokens` over `steps` time steps.
-
-    Raises:
-        ValueError: that is no square grid.
-    """
-    side = math.isqrt(tokens // steps) if steps > 0 else 0
-    if tokens < 1 or steps * side * side != tokens:
-        raise ValueError(
-            f"mask: expected steps x side x side tokens, got {tokens} tokens over {steps} time steps; "
-            "give the grid (time steps, height, width)"
-        )
-    return steps, side, side
 
 
 def _words(stream: int, epoch: int, ids: list[int], count: int) -> np.ndarray:

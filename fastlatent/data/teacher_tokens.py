@@ -298,10 +298,15 @@ class TeacherTokens(torch.utils.data.Dataset):
         wanted = list(number) if ids is None else _read_ids(ids)
         asked = set(wanted)
         why: dict[str, str] = {}
+        of_views: dict[str, str] = {}  # a part of a video; there may be a video of this very name
         for one in store.quarantined:
             video = one.key if store.groups is None else one.key.rpartition("@")[0]
             if ids is None or video in asked:
-                why[one.key if video in number else video] = f"in the cache's quarantine: {one.reason}"
+                reason = f"in the cache's quarantine: {one.reason}"
+                if video in number:
+                    of_views[one.key] = reason
+                else:
+                    why[video] = reason
         absent = dict.fromkeys(id for id in wanted if id not in number)
         if self._views is not None:
             source = self._views.source
@@ -315,6 +320,7 @@ class TeacherTokens(torch.utils.data.Dataset):
         not_yet = "not in the cache (yet): run the same encode again, or look at it with fastlatent inspect"
         why = {**dict.fromkeys(absent, not_yet), **why}
         kept = np.array([number[id] for id in wanted if id in number and id not in why], np.int64)
+        why = {**of_views, **why}
         if why and (self._strict or not len(kept)):
             listed = "; ".join(f"{id!r}: {reason}" for id, reason in list(why.items())[:3])
             raise ValueError(

@@ -94,7 +94,7 @@ KINDS: dict[str, Kind] = {
     ),
 }  # fmt: skip
 
-_VIDEO = "it compresses time: it is made for videos, which `fastlatent decode EXPERIMENT_DIR` decodes"
+_VIDEO = "it compresses time: it is made for videos, whose latents `fastlatent decode` decodes"
 _SOUND = "it is made for sound, not for images"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
@@ -113,7 +113,7 @@ REFUSED: dict[str, str] = {
         ),
         _SOUND,
     ),
-    "AutoencoderKLTemporalDecoder": "it mixes the frames of a video, which `fastlatent decode EXPERIMENT_DIR` decodes "
+    "AutoencoderKLTemporalDecoder": "it mixes the frames of a video, whose latents `fastlatent decode` decodes "
     "(its encoder is that of Stable Diffusion: name that AutoencoderKL)",
     "RFD4ProteinaAutoencoder": "it is made for molecules, not for images",
 }  # fmt: skip

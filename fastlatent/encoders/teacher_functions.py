@@ -23,8 +23,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import json
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +129,19 @@ class FunctionTeacher:
             **(readout or settings),
             "mean": list(self._mean),
             "std": list(self._std),
-            **({"own": own()} if callable(own) else {}),
+            **({"own": self._own(own)} if callable(own) else {}),
         }
+
+    def _own(self, identity: Callable[[], Any]) -> Any:
+        with _naming(self._name):
+            own = identity()
+        try:
+            json.dumps(own, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"--teacher {self._name}: expected identity() to give a dict for JSON, got {str(own)[:200]}: {error}"
+            ) from None
+        return own
 
     def _readout(self, dim: int) -> Readout:
         if dim not in self._readouts:
@@ -138,12 +152,16 @@ class FunctionTeacher:
     def _run(self, pixels: Tensor, expected: tuple[int, int] | None) -> Tensor:
         """[B, N, D]; expected: N and D."""
         if self._batched:
-            return self._checked(self._function(pixels), len(pixels), expected)
+            return self._checked(self._called(pixels), len(pixels), expected)
         found: list[Tensor] = []
         for clip in pixels:
-            found.append(self._checked(self._function(clip), None, expected))
+            found.append(self._checked(self._called(clip), None, expected))
             expected = expected or (found[0].shape[0], found[0].shape[1])
         return torch.stack(found)
+
+    def _called(self, pixels: Tensor) -> Any:
+        with _naming(self._name):
+            return self._function(pixels)
 
     def _checked(self, tokens: Any, batch: int | None, expected: tuple[int, int] | None) -> Tensor:
         form = [*([] if batch is None else [batch]), *(expected or ("N", "D"))]
@@ -175,8 +193,10 @@ def load_function(
     if weights is not None:
         path = Path(weights).expanduser()
         origin["weights"] = file_digest(path) if path.exists() else weights
+    with _naming(name):
+        function = factory(weights, device, dtype)
     return FunctionTeacher(
-        name, factory(weights, device, dtype), device, settings, origin,
+        name, function, device, settings, origin,
         lambda: load_function(name, weights, device, torch.float32, settings, others),
     )  # fmt: skip
 
@@ -241,6 +261,23 @@ def _numbers(name: str, function: Any, attribute: str, kind: Any) -> Any:
     if len(numbers) != 3 or not all(isinstance(one, kind) and not isinstance(one, bool) for one in numbers):
         raise ValueError(f"--teacher {name}: expected three numbers as its {attribute}, got {value!r}")
     return numbers
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What a teacher's own code raises is told as its, with the place; a full memory or disk stays what it is."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"--teacher {name}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno}; with "
+            "FASTLATENT_TRACEBACK=1 all of it is shown)"
+        ) from error
 
 
 def _kind(value: Any) -> str:

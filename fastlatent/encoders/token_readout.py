@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -33,12 +34,15 @@ def normalize_clips(clips: Tensor, mean: Sequence[float] = MEAN, std: Sequence[f
     if clips.dtype != torch.uint8 or clips.ndim != 5 or clips.shape[-1] != 3:
         raise ValueError(f"expected clips uint8 [B, T, H, W, 3], got {str(clips.dtype)[6:]} {list(clips.shape)}")
     x = clips.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
-
-    def channels(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-
+    by, mean_, std_ = (_channels(tuple(values), x.device) for values in ((255.0,), mean, std))
     # By tensors: CUDA divides by a number of Python's by multiplying with its rounded reciprocal.
-    return x.div_(channels([255.0])).sub_(channels(mean)).div_(channels(std))
+    return x.div_(by).sub_(mean_).div_(std_)
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept: to copy them to a GPU waits for the batch that it is at work on."""
+    return torch.tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1, 1)
 
 
 class Readout(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastlatent.encoders.diffusers_autoencoders import read_config
+from fastlatent.encoders.hub import is_hub_id
 from fastlatent.encoders.model_folder import find_vae
 from fastlatent.encoders.video_autoencoders import DiffusersVideoAutoencoder, load_video_autoencoder
 from fastlatent.encoders.video_kinds import VIDEO_KINDS
 
 PAYLOADS = ("moments", "latents")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 class VideoClipEncoder:
@@ -123,7 +122,7 @@ def is_video_model(path: str) -> bool:
         ValueError: nothing here has that name, nor has the hub, or it is not reached; config.json is not JSON.
     """
     given = Path(os.path.expanduser(path))
-    if not given.exists() and _HUB_ID.fullmatch(path):
+    if not given.exists() and is_hub_id(path) and "/" in path:
         given = find_vae(path, near=Path.cwd())
     # In the order of `find_vae`.
     config = next((folder for folder in (given / "vae", given) if (folder / "config.json").is_file()), None)

@@ -121,7 +121,8 @@ def open_clip_reader(settings: dict[str, Any], *, device: str = "cpu", threads: 
     if decoder.rule != settings["decode"]:
         decoder.close()
         raise ValueError(
-            f"decode: expected {decoder.rule!r}, which is what is installed here, got {settings['decode']!r}: these "
-            "clips were decoded by other rules, so their pixels cannot be made again"
+            f"decode: expected {decoder.rule!r}, which is what is installed here for device {device}, got "
+            f"{settings['decode']!r}: these clips were decoded by other rules, so their pixels cannot be made again"
+            + (" (by a GPU: with device='cuda' they may)" if "nvdec" in settings["decode"] and device == "cpu" else "")
         )
     return ClipReader(decoder, sampling, transform)

@@ -48,6 +48,9 @@ SHORT = ("repeat", "loop", "leave-out")
 # arithmetic. At 12 frames a second a strict comparison would find frame 1 (0.083) at 2/12 s, since frame 2 says 0.167.
 TICK = 1.0005e-3
 
+# As many as float64 counts one by one. A damaged file can claim any time, and --fps be any number.
+MAX_SLOTS = 2**53
+
 
 @dataclass(frozen=True)
 class FrameSampling:
@@ -205,7 +208,10 @@ class _Slots:
         self._rate, self._tick = fps or 1 / interval, min(TICK, interval / 4)
         self._seconds = seconds
         # Two ticks: the end is the last time, which may be one off, and its share of an interval.
-        self.count = max(1, math.ceil((float(seconds[-1]) + interval - 2 * self._tick) * self._rate))
+        slots = (float(seconds[-1]) + interval - 2 * self._tick) * self._rate
+        if slots > MAX_SLOTS:
+            raise VideoError(f"{slots:.3g} slots at {self._rate:g} a second, more than {MAX_SLOTS:.3g}")
+        self.count = max(1, math.ceil(slots))
 
     def frames_at(self, slots: np.ndarray) -> np.ndarray:
         """int32 [T]: the frames that these slots show."""

@@ -14,6 +14,7 @@ import av
 import av.video.reformatter
 import numpy as np
 
+from fastlatent.media.matroska import damaged_at, segment_end
 from fastlatent.media.orientation import upright
 from fastlatent.media.video_decoders import Closing, TarVideo, Video, VideoInfo, check_indices, is_tar
 from fastlatent.media.video_error import VideoError, refuse_size
@@ -207,9 +208,11 @@ class PyavVideo(Closing):
                 raise VideoError(f"says {declared} frames, {packets} can be read: the file is cut off")
         if not matroska:
             return
-        size = _segment_end(self._data)
+        size = segment_end(self._data)
         if size is not None and size > len(self._data):
             raise VideoError(f"says {size} bytes, {len(self._data)} are there ({packets} frames): the file is cut off")
+        if (place := damaged_at(self._data)) is not None:
+            raise VideoError(f"damaged at byte {place} of {len(self._data)}, where no element of Matroska begins")
         seconds = (container.duration or 0) / av.time_base
         if packets and seconds - end > DURATION_SLACK:
             raise VideoError(f"says {seconds:.3f} s, {packets} frames end at {end:.3f} s: the file is cut off")
@@ -380,23 +383,3 @@ def _may_begin(packet: Any, codec: str, nal_bytes: int) -> bool:
             return True
         at += nal_bytes + size
     return False
-
-
-def _segment_end(data: bytes) -> int | None:
-    """Where a Matroska file's segment says that it ends; None where it does not say."""
-
-    def number(at: int) -> tuple[int, int]:
-        """A variable-length integer: its value, -1 for "unknown", and the next byte's place."""
-        length = 9 - data[at].bit_length()
-        value = int.from_bytes(data[at : at + length], "big") - (1 << 7 * length)
-        return (-1 if value == (1 << 7 * length) - 1 else value), at + length
-
-    try:
-        header, at = number(4)  # after the EBML header's id
-        at += header
-        if data[at : at + 4] != b"\x18\x53\x80\x67":
-            return None
-        size, at = number(at + 4)
-    except IndexError:
-        return None
-    return None if size < 0 else at + size

@@ -79,6 +79,9 @@ def open_source(
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in known:
+            path = os.fsdecode(source)
+            if "://" not in path and not os.path.exists(path):  # what kind it is of was told by its name
+                raise ValueError(f"{path!r} does not exist")
             users = (
                 ", ".join(one for one, (_, options_of) in kinds.items() if name in options_of) or "sources of images"
             )

@@ -1,4 +1,4 @@
-"""latents → images or videos: an experiment's denoising steps, or latents of images."""
+"""latents → images or videos: an experiment's denoising steps, clips, or latents of images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from fastlatent.config import DecodeConfig
 
 # Here, where the command line lets Ctrl-C end the process: inside of torch's import it is swallowed.
+from fastlatent.workflows.decode_clips import decode_clips, is_dataset_of_clips
 from fastlatent.workflows.decode_experiment import decode_experiment
 from fastlatent.workflows.decode_images import decode_images
 
@@ -16,5 +17,8 @@ def decode(config: DecodeConfig) -> int | None:
     path = Path(config.latents)
     if (path / "latents").is_dir() or (path / "configs").is_dir():
         return decode_experiment(config)
-    decode_images(config)
+    if is_dataset_of_clips(path):
+        decode_clips(config)
+    else:
+        decode_images(config)
     return None

@@ -204,10 +204,15 @@ def load_matching_autoencoder(
             f"--vae {path}: expected an autoencoder with {channels} latent channels, it has {vae.latent_channels}"
         )
     if made_by is not None and not allow_other:
-        other = differences({k: v for k, v in made_by.items() if k != "path"}, vae.identity())
-        if other:
-            raise ValueError(
-                f"--vae {path} is not the autoencoder that made these latents (name that one, or add "
-                f"--allow-other-vae):\n  " + "\n  ".join(other)
-            )
+        check_made_by(path, made_by, vae.identity())
     return vae
+
+
+def check_made_by(path: str, made_by: dict[str, Any], identity: dict[str, Any]) -> None:
+    """ValueError, with the difference, where the autoencoder at `path` is not the one that made the latents."""
+    other = differences({k: v for k, v in made_by.items() if k != "path"}, identity)
+    if other:
+        raise ValueError(
+            f"--vae {path} is not the autoencoder that made these latents (name that one, or add "
+            f"--allow-other-vae):\n  " + "\n  ".join(other)
+        )

@@ -17,13 +17,13 @@ from fastlatent.config import DoctorConfig
 NAME_WIDTH = 22
 # Packages that one setting or one kind of file needs: module, distribution, what for, how to install it.
 OPTIONAL = (
-    ("nvidia.dali", "nvidia-dali-cuda130", "decodes JPEGs on the GPU", "'fastlatent[dali]'"),
+    ("nvidia.dali", "nvidia-dali-cuda130", "decodes JPEGs and videos on the GPU", "'fastlatent[dali]'"),
     ("nvidia.nvimgcodec", "nvidia-nvimgcodec-cu13", "decodes JPEGs on the GPU", "'fastlatent[nvimgcodec]'"),
     ("imagecodecs", "imagecodecs", "PNG and TIFF of more than 8 bits", "'fastlatent[media]'"),
     ("OpenEXR", "OpenEXR", "EXR files", "'fastlatent[media]'"),
     ("pyarrow", "pyarrow", "parquet files and Hugging Face datasets", "'fastlatent[tables]'"),
-    ("av", "av", "mp4 videos of decode and gallery, every video that is read", "'fastlatent[video]'"),
-    ("torchcodec", "torchcodec", "videos, --video-decoder torchcodec", "'fastlatent[torchcodec]'"),
+    ("av", "av", "mp4 videos of decode and gallery, videos of encode", "'fastlatent[video]'"),
+    ("torchcodec", "torchcodec", "encode --decoder torchcodec", "'fastlatent[torchcodec]'"),
     ("fsspec", "fsspec", "sources behind URLs", "'fastlatent[remote]'"),
     ("transformers", "transformers", "encode --text-encoder", "'fastlatent[text]'"),
     ("onnx", "onnx", "encode --engine tensorrt", "'fastlatent[onnx]'"),
@@ -69,7 +69,7 @@ def doctor(config: DoctorConfig) -> int:
     device = "cuda" if cuda and not cuda.remedy else "cpu"
     kernels = "Triton kernels" if device == "cuda" else "compiled CPU kernels for few rows, torch for many"
     print("\npaths taken on this machine:")
-    print("  encode   " + "\n           ".join(_encode_paths(device)))
+    print("  encode   " + "\n           ".join([*_encode_paths(device), _video_decoder(device)]))
     how = "torch.compile" if device == "cuda" else "eager torch"
     print(f"  train    rows gathered by the compiled CPU kernel, {how} on {device}")
     print(f"           attention: {_train_attention(device)}")
@@ -92,6 +92,13 @@ def _encode_paths(device: str) -> list[str]:
     many, _, _ = choose_engine(torch.device(device), COMPILE_FROM + 1, shapes)
     change = "" if many == engine else f", above {COMPILE_FROM:,} images {many}"
     return [f"decoder {decoder}: {why}", f"engine {engine}{change}, on {device}, {batch} images of 256×256 at a time"]
+
+
+def _video_decoder(device: str) -> str:
+    from fastlatent.media.video_decoders import choose_video_decoder
+
+    decoder, why = choose_video_decoder(device)
+    return f"videos: decoder {decoder}: {why}"
 
 
 def _attention(device: str) -> str:

@@ -74,6 +74,14 @@ class ImageSetup(EncodeSetup):
         """One file and many calls, or many files in a call for decoders that divide them themselves."""
         return (1, self.config.readers) if self.decoder.name == "pillow" else (self.config.batch_size, 2)
 
+    @property
+    def decoding_threads(self) -> int:
+        return self.config.readers if self.decoder.name == "pillow" else 1
+
+    @property
+    def most_pixel_bytes(self) -> int:
+        return 4 * self.vae.pixel_channels * max(height * width for height, width in self.transform.shapes)
+
     def read(self, unit: Unit, items: Sequence[PlannedItem]) -> list[Picture]:
         files = [self.fetch(items[0])] if len(items) == 1 else list(self.readers.map(self.fetch, items))
         bucket = self.transform.shapes.index(self._pixel_shape(unit.bucket))

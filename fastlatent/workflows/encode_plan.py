@@ -17,6 +17,7 @@ from fastlatent.store.rows import Rows, Values, shard_bytes
 from fastlatent.store.shard import DTYPES
 from fastlatent.store.writer import DatasetWriter
 from fastlatent.workflows.encode_setup import STORED, EncodeSetup
+from fastlatent.workflows.runtime import available_cores
 
 MAX_UNIT_BYTES = 256 * 2**20  # a unit's rows are assembled in memory; one more may be on its way to the disk
 
@@ -26,7 +27,7 @@ def open_writer(setup: EncodeSetup) -> DatasetWriter:
     config = setup.config
     largest = max(math.prod(bucket) for bucket in setup.schema.buckets) * STORED[config.dtype].itemsize
     for one in setup.schema.extras:
-        rows = (setup.text.max_length if setup.text else 0) if one.ragged else math.prod(one.shape[:1])
+        rows = setup.most_rows(one.name) if one.ragged else math.prod(one.shape[:1])
         largest += np.dtype(DTYPES[one.dtype]).itemsize * rows * math.prod(one.shape[1:])
     return DatasetWriter.open(
         Path(config.out),
@@ -69,7 +70,7 @@ def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
     count = sum(len(unit.items) for unit in units)
     if not count:
         return
-    config, out = setup.config, Path(setup.config.out)
+    out = Path(setup.config.out)
     hashed = setup.provenance()["hashed"]
     needed = sum(shard_bytes(hashed, unit, _empty(setup, unit), setup.schema) for unit in units)
     ragged = setup.text is not None and setup.text.columns[0].ragged
@@ -79,7 +80,7 @@ def preflight(setup: EncodeSetup, units: list[Unit]) -> None:
     sample = units[0].items[: max(4, setup.reading[0])]  # they are read again afterwards
     begin = time.monotonic()
     pictures = setup.read(units[0], sample)
-    reading = (time.monotonic() - begin) / len(sample) / (1 if setup.device.type == "cuda" else config.readers)
+    reading = (time.monotonic() - begin) / len(sample) / min(setup.decoding_threads, available_cores())
     del pictures
     seconds = count * max(reading, _encoding_seconds(setup, units[0]) * units[0].bucket[0])
     most = "at most " if ragged else ""

@@ -90,6 +90,16 @@ class EncodeSetup(ABC):
     def reading(self) -> tuple[int, int]:
         """Files that are read in one call, and calls at a time."""
 
+    @property
+    @abstractmethod
+    def decoding_threads(self) -> int:
+        """How many of those calls decode at the same time."""
+
+    @property
+    @abstractmethod
+    def most_pixel_bytes(self) -> int:
+        """The most memory that the pixels of a `Picture` take."""
+
     @abstractmethod
     def read(self, unit: Unit, items: Sequence[PlannedItem]) -> list[Picture]:
         """Read, decode, resize and crop. Runs in several threads; pixels on a GPU are complete when it returns.
@@ -144,6 +154,10 @@ class EncodeSetup(ABC):
         found = self.item(item.key)
         assert found is not None
         return len(found.attached["caption"].encode())
+
+    def most_rows(self, name: str) -> int:
+        """The most rows that a file can have of a further tensor of rows of their own, as far as that is bounded."""
+        return self.text.max_length if self.text else 0
 
     def close(self) -> None:
         """End the threads, and free what engine and decoder hold."""
@@ -322,7 +336,8 @@ def engine_cache() -> Path:
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).resolve())
+    """But a URL and the name of a model on a hub."""
+    return str(Path(path).resolve()) if "://" not in path and Path(path).exists() else path
 
 
 def _cpu_name() -> str:

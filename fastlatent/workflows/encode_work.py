@@ -15,6 +15,8 @@ from fastlatent.store.writer import DatasetWriter
 from fastlatent.workflows.encode_rows import RowMaker
 from fastlatent.workflows.encode_setup import EncodeSetup, Picture
 
+AHEAD_BYTES = 2**30  # of pixels that are read ahead
+
 Part = tuple[Unit, tuple[PlannedItem, ...]]  # files of one unit that are read together
 
 
@@ -89,6 +91,9 @@ class Work:
         """`first`, and whatever can be claimed while its files are read, until there is nothing at the moment."""
         self._hand_out(first)
         depth = max(2 * self._threads, 2 * self._setup.config.batch_size // self._chunk)
+        # Large clips: no more than keep all threads at work.
+        part = self._chunk * self._setup.most_pixel_bytes
+        depth = min(depth, max(self._threads + 1, AHEAD_BYTES // part))
         writing: Future[None] | None = None  # one at a time: two units' rows are in memory at most
         maker: RowMaker | None = None
         left = 0

@@ -46,7 +46,7 @@ def _dataset(path: Path, state: Any) -> dict[str, Any]:
         described["encoding now" if state.writer else "unfinished encode"] = {
             "writer": state.writer or "none; rerun the same encode command to go on",
             "units": f"{state.done_units} of {state.planned_units} done",
-            "rows": f"{state.done_rows} of {state.planned_rows} done, {state.planned_rows - state.done_rows} missing",
+            "rows": f"{state.done_rows} of {state.planned_rows} done, {_missing(state)} missing",
             "quarantined": state.quarantined,
             "bytes": state.bytes,
             **_forecast(path, state),
@@ -74,9 +74,13 @@ def _dataset(path: Path, state: Any) -> dict[str, Any]:
     return described
 
 
+def _missing(state: BuildState) -> int:
+    return state.planned_rows - state.done_rows - state.quarantined
+
+
 def _forecast(path: Path, state: BuildState) -> dict[str, Any]:
     """How much more disk and time it takes, as far as the finished shards tell."""
-    missing = state.planned_rows - state.done_rows - state.quarantined
+    missing = _missing(state)
     forecast: dict[str, Any] = {}
     if state.done_rows:
         more = missing * state.bytes / state.done_rows

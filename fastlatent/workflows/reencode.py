@@ -12,6 +12,7 @@ import numpy as np
 
 from fastlatent.config import EncodeConfig, VerifyConfig, build
 from fastlatent.media.transforms import transform_name
+from fastlatent.pipeline.ahead import ahead
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.meter import Meter
 from fastlatent.pipeline.progress import Progress
@@ -80,8 +81,12 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
                 continue
             unit = Unit.of(dataset.fingerprint, bucket.shape, tuple(items[i] for i in samples))
             maker = RowMaker(setup, watch, unit, meter, stop.check, lambda files, bad: progress.advance(files))
-            read = functools.partial(setup.read, unit)
-            for pictures in setup.readers.map(read, ([one] for one in unit.items)):
+            items_left = ([one] for one in unit.items)
+            # Not all at once: a clip may have 100 MB.
+            for _, pictures in ahead(
+                functools.partial(next, items_left, None), functools.partial(setup.read, unit), pool=setup.readers,
+                depth=2 * settings.readers,
+            ):  # fmt: skip
                 maker.add(pictures[0])
             rows, _ = maker.finish()
             number_of = {key: k for k, key in enumerate(rows.keys)}
@@ -124,7 +129,7 @@ def _settings_of_clips(dataset: Dataset, vae: str | None, source: str, device: s
         "batch_size": engine["batch_size"],
         "threads": engine.get("threads", 0),
         "device": engine["device"] if device == "auto" else device,
-        **({"vae": vae} if vae else {}),
+        **({"teacher_weights" if how.get("teacher") else "vae": vae} if vae else {}),
     }
     return build(EncodeConfig, how, now)
 

@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastlatent.data.masks import LONG, SHORT, MaskConfig, complement, square_grid
+from fastlatent.data.masks import LONG, SHORT, MaskConfig, complement
 
 GRID = (8, 14, 14)  # 16 frames of 224 x 224 in tubelets of 2 and patches of 16
 TUBE, RANDOM = MaskConfig("tube", 0.9), MaskConfig("random", 0.75)
@@ -260,9 +260,10 @@ def test_masks_that_are_none():
         TUBE.masked(0, 0, KEYS.float(), GRID)
 
 
-def test_grids_and_complements():
-    assert square_grid(1568, 8) == (8, 14, 14) and square_grid(2048, 8) == (8, 16, 16)
-    for tokens, steps in ((1568, 7), (1568, 0), (0, 1), (24, 8)):
-        with pytest.raises(ValueError, match=f"got {tokens} tokens over {steps} time steps"):
-            square_grid(tokens, steps)
+def test_complement():
     assert complement(torch.tensor([[1, 2], [0, 3]]), 4).tolist() == [[0, 3], [1, 2]]
+
+
+def test_one_token_cannot_be_masked():
+    with pytest.raises(ValueError, match=r"grid \(1, 1, 1\) is one token, as of --pool all"):
+        LONG.count((1, 1, 1))  # no other ratio would do, either

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from toy_token_cache import FRAMES, GRID, SIZE, TEACHER, make_cache, toy_reader, toy_tokens
-from toy_videos import damaged, frame_number, make_video
+from toy_videos import damaged, frame_folder, frame_number, make_video
 
 import fastlatent
 from fastlatent.data.masks import MaskConfig
@@ -429,3 +429,21 @@ def test_the_names_that_users_know(tmp_path):
         ValueError, match="expected a cache of the split 'train', .* there are: validation. `fastlatent"
     ):
         CachedSSv2Dataset(tmp_path / "cache", "train")
+
+
+def test_a_view_that_is_left_out_hides_no_video_of_its_name(tmp_path):
+    for name in ("c", "c@0"):
+        frame_folder(tmp_path / "v" / name, frames=5, size=(32, 32))
+
+    def spoil(key, columns):
+        if key == "c@0":  # view 0 of c
+            columns["tokens"][:] = np.nan
+
+    cache = make_cache(tmp_path / "cache", tmp_path / "v", views=2, kind="frames", spoil=spoil)
+    dataset = TeacherTokens(cache, videos=tmp_path / "v")
+    assert [(one["id"], one["view"]) for one in map(dataset.__getitem__, range(3))] == [
+        ("c", 1),
+        ("c@0", 0),
+        ("c@0", 1),
+    ]
+    assert len(dataset) == 3 and dataset.missing.keys() == {"c@0"}

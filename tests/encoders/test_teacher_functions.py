@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastlatent.encoders.engines.engine import open_engine
-from fastlatent.encoders.engines.numerics import relative_error
+from fastlatent.encoders.engines.numerics import fix_numerics, relative_error
 from fastlatent.encoders.teachers import load_teacher
 from fastlatent.encoders.token_readout import MEAN, Readout
 
@@ -159,6 +159,33 @@ def test_a_batched_function_that_loses_a_clip(offered):
         encoded(teacher, clips_of())
 
 
+def _fail(*_):
+    return {}["a key"]
+
+
+class _FailingFactory(Factory):
+    __call__ = _fail
+
+
+def test_what_a_teacher_raises_is_told_as_its_own(offered):
+    place = r"\(.*test_teacher_functions.py, line \d+; with FASTLATENT_TRACEBACK=1"
+    for function in (_FailingFactory(None), _fail, Mean(clip=CLIP, identity=_fail)):
+        offered(function)
+        with pytest.raises(ValueError, match=f"--teacher mean: KeyError: 'a key' {place}"):
+            load_teacher("mean").row_shape(*CLIP)
+            load_teacher("mean").identity()
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    offered(full)
+    with pytest.raises(torch.OutOfMemoryError):  # of which the command says what to do
+        load_teacher("mean").row_shape(*CLIP)
+    offered(Mean(clip=CLIP, identity=lambda: {"weights": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"mean: expected identity\(\) to give a dict for JSON, got .*tensor"):
+        load_teacher("mean").identity()
+
+
 def test_what_functions_cannot(offered):
     offered(Mean())
     with pytest.raises(ValueError, match="--layer 1: teacher mean gives the tokens that it gives"):
@@ -181,6 +208,7 @@ def test_what_functions_cannot(offered):
 
 
 def test_functions_run_eagerly_only(tmp_path, offered):
+    fix_numerics()
     offered(Mean())
     teacher, pixels = load_teacher("mean"), torch.rand(2, 3, *CLIP)
     engine = open_engine("eager", teacher, shapes=((2, 3, *CLIP),), cache=tmp_path)

@@ -218,6 +218,7 @@ def test_refuses_rules_that_it_cannot_follow(pyav, monkeypatch):
         ("sampling", {**written["sampling"], "rule": "slots-0"}, "sampling rule: expected 'slots-1', got 'slots-0'"),
         ("transform", {**written["transform"], "rule": "other"}, "transform: expected a rule among .*got 'other'"),
         ("decode", pyav.rule + "-older", f"decode: expected {pyav.rule!r}, .*got {pyav.rule + '-older'!r}"),
+        ("decode", "pyav-1 nvdec", "decode: .* for device cpu, .*with device='cuda' they may"),
     ]:
         with pytest.raises(ValueError, match=message.replace("(", ".").replace(")", ".").replace("+", ".")):
             open_clip_reader({**written, field: wrong})

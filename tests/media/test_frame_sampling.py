@@ -234,6 +234,12 @@ def test_times_begin_anywhere_and_one_frame_has_no_rate():
     assert len(chosen(79, video(2, times=[0.0, 10.0]), fps=4, short="leave-out")) == 79
 
 
+@pytest.mark.parametrize(("last", "fps"), [(2.0, 1e308), (1e300, 12.0), (1e300, 1e300)])
+def test_absurd_times_and_rates_cost_one_video(last, fps):
+    with pytest.raises(VideoError, match=r"slots at .* a second, more than 9.01e\+15"):
+        chosen(4, video(3, times=[0.0, 1.0, last]), fps=fps)
+
+
 def test_fps_needs_times():
     with pytest.raises(VideoError, match="a folder of frames has no times, which fps needs"):
         chosen(4, video(10), fps=4)

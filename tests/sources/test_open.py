@@ -270,6 +270,8 @@ class TestVideos:
             open_source(tmp_path / "tables", media="videos")
         with pytest.raises(ValueError, match="missing' does not exist; expected a folder"):
             open_source(tmp_path / "missing", media="videos")
+        with pytest.raises(ValueError, match="missing' does not exist$"):  # not: --split means nothing for it
+            open_source(tmp_path / "missing", media="videos", split="train")
         with pytest.raises(ValueError, match="missing.tar"):
             open_source(tmp_path / "missing.tar", media="videos")
         with pytest.raises(ValueError, match="memory://nothing"):

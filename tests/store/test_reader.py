@@ -331,6 +331,11 @@ def test_the_speed_of_an_encode_is_that_of_its_last_shards(toy, tmp_path, source
         for shard in path.rglob(f"{unit.id}*.safetensors"):
             os.utime(shard, (1e9 + written, 1e9 + written))
     assert build_state(path).rows_per_second == pytest.approx(0.5)
+    # Two processes at one pace write two shards within 10 ms of every 10 s: those 10 s are no pause between two runs.
+    for unit, written in zip(units[:6], (0, 0.01, 10, 10.01, 20, 20.01), strict=True):
+        for shard in path.rglob(f"{unit.id}*.safetensors"):
+            os.utime(shard, (1e9 + written, 1e9 + written))
+    assert build_state(path).rows_per_second == pytest.approx(5 / 20.01)
 
 
 def test_build_state_of_a_second_generation(toy, change, tmp_path, source):

@@ -20,6 +20,7 @@ def test_reports_what_is_here(chain):
     assert f"decode   autoencoder in eager torch on {device}; mp4 by " in out
     if device == "cpu":
         assert "\n  encode   decoder pillow: no GPU is used\n           engine eager, on cpu, 16 images of" in out
+        assert "\n           videos: decoder pyav: " in out
     else:
         assert "engine eager, above 2,000 images compile, on cuda, 64 images of" in out
     for command in ("encode", "train", "sample", "decode"):

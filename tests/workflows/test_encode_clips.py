@@ -22,6 +22,7 @@ from fastlatent.encoders.teachers import VideoMAETeacher, load_teacher
 from fastlatent.media.clips import open_clip_reader
 from fastlatent.sources.items import Source
 from fastlatent.store.reader import Dataset
+from fastlatent.workflows import encode_clips, encode_plan, encode_work
 
 # Key → frames, (width, height) and seed. Names of other letters; two classes; shorter than a clip.
 VIDEOS = {
@@ -184,6 +185,14 @@ def test_clips_of_several_lengths_and_sizes(with_vae, made, wan, tmp_path, chain
     assert encoded_now(with_vae(made, out, "--frames 5,9 --transform buckets --dtype float32")) == 0
 
 
+def test_pixels_of_several_lengths_count_as_memory(with_vae, made, tmp_path, monkeypatch):
+    """A shard's rows are assembled in memory, pixels among them: 27,648 bytes of the longer clips."""
+    monkeypatch.setattr(encode_plan, "MAX_UNIT_BYTES", 30_000)
+    printed = taken(with_vae(made, tmp_path / "d", "--frames 5,9 --keep-pixels"))
+    check_preflight(printed, tmp_path / "d")
+    assert [shard.rows for shard in Dataset.open(tmp_path / "d").shards] == [1] * 4
+
+
 @pytest.mark.parametrize("more", ["--mirror --dtype bfloat16", "--payload latents --dtype int8", "--captions txt"])
 def test_rows_of_an_autoencoder(with_vae, videos, tmp_path, chain, more):
     for name in VIDEOS:
@@ -248,7 +257,7 @@ def check_preflight(printed, out):
     assert (count, shards, size) == (4, len(files), sum(file.stat().st_size for file in files))
 
 
-def test_views(views, made, chain):
+def test_views(views, made, chain, teacher):
     dataset = Dataset.open(views)
     videos = sorted(VIDEOS, key=os.fsencode)
     assert [dataset.key(i) for i in range(len(dataset))] == [f"{name}@{view}" for name in videos for view in (0, 1)]
@@ -266,7 +275,8 @@ def test_views(views, made, chain):
     assert len(samples) == 8 and samples.ids == [name for name in videos for _ in (0, 1)]
     for i, sample in enumerate(samples.__getitems__(range(8))):
         assert np.array_equal(sample["clip"], column_row(dataset, "pixels", i)) and sample["view"] == i % 2
-    assert "8 encoded again and compared bit for bit: sound" in chain.ok("verify --full --reencode 8", views).out
+    done = chain.ok("verify --full --reencode 8 --vae", teacher, views)  # where the weights are now
+    assert "8 encoded again and compared bit for bit: sound" in done.out
 
 
 def test_a_video_is_fetched_once_for_all_its_views(with_teacher, made, tmp_path, monkeypatch):
@@ -277,9 +287,12 @@ def test_a_video_is_fetched_once_for_all_its_views(with_teacher, made, tmp_path,
     assert sorted(times.values()) == [2, 2, 3, 3]
 
 
-def test_one_thread_or_four_and_any_unit_give_the_same_rows(with_teacher, made, views, cache, tmp_path):
+def test_one_thread_or_four_and_any_unit_give_the_same_rows(with_teacher, made, views, cache, tmp_path, monkeypatch):
     taken(with_teacher(made, tmp_path / "a", "--readers 1 --unit-rows 3"))
     assert rows_of(tmp_path / "a") == rows_of(cache)
+    # As of clips so large that each view is read by itself, and few of them ahead.
+    monkeypatch.setattr(encode_clips, "CALL_BYTES", 1)
+    monkeypatch.setattr(encode_work, "AHEAD_BYTES", 1)
     flags = "--views 2 --placement random --keep-pixels --readers 1 --unit-rows 8"
     taken(with_teacher(made, tmp_path / "b", flags))
     assert rows_of(tmp_path / "b", "pixels") == rows_of(views, "pixels")
@@ -471,6 +484,8 @@ def test_folders_of_frames(with_teacher, made, tmp_path):
         assert [frame_number(frame) for frame in pixels] == column_row(dataset, "frame_index", i).tolist()
     samples = TeacherTokens(tmp_path / "d", videos=tmp_path / "frames")
     assert np.array_equal(samples[1]["clip"], pixels)
+    done = with_teacher(tmp_path / "frames", tmp_path / "e", "--fps 4")
+    assert done.code == 1 and "--fps: folders of frames have no times" in done.err and not (tmp_path / "e").exists()
 
 
 FUNCTION = """
@@ -541,7 +556,7 @@ SQUARE = "expected square latents of images, got"
 @pytest.mark.parametrize(
     ("line", "of_tokens", "of_clips"),
     [
-        ("decode --threads 1 --output-dir {0}", "expected latents of images, got tokens", "it is made for videos"),
+        ("decode --format jpeg --output-dir {0}", "got a teacher's tokens", "--format jpeg: clips become videos"),
         (f"train ar {SMALL} --out {{0}}", f"{SQUARE} tokens (1, 8, 32)", f"{SQUARE} moments (1, 8, 2, 4, 4)"),
         (f"train dit {SMALL} --out {{0}}", f"{SQUARE} tokens (1, 8, 32)", f"{SQUARE} moments (1, 8, 2, 4, 4)"),
         ("roundtrip --threads 1 --output {0}.png", "got one of clips of videos", "got one of clips of videos"),

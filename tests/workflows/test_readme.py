@@ -1,5 +1,5 @@
-"""The README's commands of "Encode anything", "Train anything" and "Decode anything", as they stand there but for the
-sizes, on data with the same layouts."""
+"""The README's commands of "Encode anything", "Encode videos", "Train anything" and "Decode anything", as they stand
+there but for the sizes, on data with the same layouts."""
 
 import json
 import pickle
@@ -14,8 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_teachers import write_teacher
 from tiny_video_models import make_vae
 from toy_experiment import make_experiment
+from toy_ssv2 import make_ssv2
+from toy_videos import make_video
 
 from fastlatent.encoders.video_kinds import VIDEO_KINDS
 from fastlatent.pipeline.checkpoints import checkpoints
@@ -113,6 +116,49 @@ def test_manifest(done):
     columns = dataset.open_shard(0).columns
     assert np.allclose(columns["condition"], [[0, 3, 4, 0, 5], [0.5, 3, 4, 0, 5], [1, 3, 4, 0, 5]])
     assert columns["condition_present"].all()
+
+
+VIDEOS = "Encode videos, and a teacher's tokens"
+
+
+@pytest.fixture(scope="module")
+def cached(chain, tmp_path_factory) -> Path:
+    """A folder after the commands of "Encode videos", with a small teacher."""
+    root = tmp_path_factory.mktemp("videos")
+    for number, frames in enumerate((8, 20, 36)):
+        make_video(root / "videos" / "ab"[number % 2] / f"{number}.mp4", frames=frames, size=(32, 32))
+    make_vae("AutoencoderKLWan", root / "Wan-AI" / "Wan2.1-T2V-1.3B-Diffusers" / "vae")
+    ids = make_ssv2(root / "ssv2", lambda path, number: make_video(path, frames=8, seed=number))
+    next(root.rglob(f"{ids['train'][1]}.webm")).write_bytes(b"no video")
+    teacher = write_teacher(root / "teacher", size=64)
+    small = {"480": "32", "videomaev2-base": f"videomaev2 --teacher-weights {teacher}", "--device 0": "--device cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for line in readme_commands(VIDEOS):
+            for word, ours in small.items():
+                line = line.replace(word, ours)
+            chain.ok("", *shlex.split(line, comments=True)[1:])
+    return root
+
+
+def test_videos(cached):
+    assert [line.split()[1] for line in readme_commands(VIDEOS)] == ["encode", "decode", "encode", "inspect"]
+    dataset = Dataset.open(cached / "latents" / "videos")
+    assert [bucket.shape[2] for bucket in dataset.buckets if bucket.rows] == [5, 9]  # of 17 and 33 frames
+    assert len(list((cached / "latents" / "videos-videos" / "videos").glob("*.mp4"))) == 3
+    cache = Dataset.open(cached / "cache" / "train")
+    assert (len(cache), len(cache.quarantined)) == (3, 1)
+
+
+def test_a_loop_over_the_cache(cached, monkeypatch):
+    [code] = re.findall(r"```python\n(.*?)```", section(VIDEOS), re.DOTALL)
+    monkeypatch.chdir(cached)
+    names: dict = {}
+    exec(code.replace("num_workers=8", "num_workers=0").replace("range(90)", "range(2)"), names)
+    batch, dataset = names["batch"], names["dataset"]
+    assert (len(batch["ids"]), len(dataset.missing)) == (3, 1)
+    assert batch["tokens"].shape[:2] == batch["masked"].shape
+    assert batch["clip"].shape == (3, 4, 64, 64, 3)
 
 
 @pytest.fixture(scope="module")
