@@ -1,6 +1,7 @@
 """The command line, without running a command: parsing, help, exit codes, what is imported."""
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -10,7 +11,7 @@ import typing
 
 import pytest
 
-from fastlatent import config
+from fastlatent import cli, config
 from fastlatent.cli import COMMANDS, main
 
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "yaml", "matplotlib")
@@ -226,3 +227,13 @@ def test_output_that_cannot_be_spelt_is_no_traceback():
             capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": ""},
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_encode_keeps_waiting_threads_off_the_cores_that_decoding_needs(monkeypatch):
+    monkeypatch.setattr(cli, "_imported", lambda module, function: lambda config: None)
+    for given, left in ((None, "1000"), ("7", "7")):
+        monkeypatch.setenv("GOMP_SPINCOUNT", given or "")  # so that it is put back afterwards
+        if given is None:
+            monkeypatch.delenv("GOMP_SPINCOUNT")
+        assert main(["encode", "images", "--vae", "vae", "--out", "out"]) == 0
+        assert os.environ["GOMP_SPINCOUNT"] == left

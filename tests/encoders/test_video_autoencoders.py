@@ -440,4 +440,4 @@ def test_unusable_folders(tiny, tmp_path):
 
 def test_every_video_class_is_pointed_to_from_the_image_commands():
     assert set(VIDEO_KINDS) <= set(REFUSED) and set(VIDEO_KINDS) == set(TINY)
-    assert all("fastlatent decode EXPERIMENT_DIR" in REFUSED[name] for name in VIDEO_KINDS)
+    assert all("whose latents `fastlatent decode` decodes" in REFUSED[name] for name in VIDEO_KINDS)
