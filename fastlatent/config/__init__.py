@@ -9,6 +9,7 @@ from fastlatent.config.encode import EncodeConfig
 from fastlatent.config.fields import (
     MAX_SEED,
     build,
+    given,
     item_type,
     read_yaml,
     suggest,
@@ -67,6 +68,7 @@ __all__ = [
     "UNetTrainConfig",
     "VerifyConfig",
     "build",
+    "given",
     "item_type",
     "read_yaml",
     "suggest",

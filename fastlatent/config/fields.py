@@ -90,6 +90,13 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
+def given(config: Any, names: typing.Iterable[str]) -> dict[str, Any]:
+    """Flag -> value, of those of the settings `names` that are not their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    changed = {name: getattr(config, name) for name in names if getattr(config, name) != defaults[name]}
+    return {"--" + name.replace("_", "-"): value for name, value in changed.items()}
+
+
 def to_yaml(config: Any) -> str:
     """The resolved config, readable by --config."""
     import yaml

@@ -13,7 +13,7 @@ from nvidia.dali import Pipeline, fn, types
 from fastlatent.media.orientation import upright
 from fastlatent.media.pyav_decoder import RULE as PYAV_RULE
 from fastlatent.media.pyav_decoder import PyavDecoder, PyavVideo
-from fastlatent.media.video_decoders import Closing, TarVideo, Video, check_indices, is_tar
+from fastlatent.media.video_decoders import OpenVideo, TarVideo, Video, is_tar
 
 RULE = f"dali-1 {{place}}; other: {PYAV_RULE}"
 """Frames by number in fn.decoders.video, RGB by DALI's own arithmetic, turned by us. It takes 8-bit 4:2:0 of the
@@ -102,25 +102,21 @@ class DaliDecoder:
             raise RuntimeError(f"DALI decodes a white frame to {list(white.shape)} from {white.min()} to {white.max()}")
 
 
-class DaliVideo(Closing):
+class DaliVideo(OpenVideo):
     def __init__(self, decoder: DaliDecoder, video: PyavVideo, data: bytes) -> None:
         self._decoder, self._video, self._data, self.info = decoder, video, data, video.info
 
     def close(self) -> None:
         self._video.close()
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        numbers = check_indices(indices, self.info.frames)
-        if not len(numbers):
-            return self._video.read(numbers)
-        unique, places = np.unique(numbers, return_inverse=True)
+    def rising(self, numbers: np.ndarray) -> np.ndarray:
         try:
-            stored = self._decoder.frames(self._data, unique)
+            stored = self._decoder.frames(self._data, numbers)
         except RuntimeError as error:
             if "memory" in str(error).lower().replace("memory file", ""):  # of the GPU: no property of the file
                 raise
-            return self._video.read(numbers)  # or says what is wrong with it
+            return self._video.rising(numbers)  # or says what is wrong with it
         frames = np.ascontiguousarray(np.stack([upright(frame, self._video.orientation) for frame in stored]))
-        if frames.shape != (len(unique), self.info.height, self.info.width, 3):
-            return self._video.read(numbers)
-        return frames if np.array_equal(unique, numbers) else frames[places]
+        if frames.shape != (len(numbers), self.info.height, self.info.width, 3):
+            return self._video.rising(numbers)
+        return frames

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastlatent.media.matroska import damaged_at, segment_end
 from fastlatent.media.orientation import upright
-from fastlatent.media.video_decoders import Closing, TarVideo, Video, VideoInfo, check_indices, is_tar
+from fastlatent.media.video_decoders import OpenVideo, TarVideo, Video, VideoInfo, is_tar
 from fastlatent.media.video_error import VideoError, refuse_size
 
 RULE = "pyav-1 rgb24:swscale-bilinear matrix:tagged-else-bt601 range:tagged-else-limited"
@@ -83,7 +83,7 @@ class PyavDecoder:
     def close(self) -> None: ...
 
 
-class PyavVideo(Closing):
+class PyavVideo(OpenVideo):
     """A `Video`. Opening it reads every packet and decodes the first frame; nothing is ever sought by time: packets are
     handed to the decoder from the last entry before a frame on, so that no seek can land beside it."""
 
@@ -300,23 +300,21 @@ class PyavVideo(Closing):
             yield from context.decode(packet)
         context.flush_buffers()
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        numbers = check_indices(indices, self.info.frames)
-        unique, places = np.unique(numbers, return_inverse=True)
-        frames = np.empty((len(unique), self.info.height, self.info.width, 3), np.uint8)
+    def rising(self, numbers: np.ndarray) -> np.ndarray:
+        frames = np.empty((len(numbers), self.info.height, self.info.width, 3), np.uint8)
         reformatter = av.video.reformatter.VideoReformatter()
-        for i, frame in self._wanted(unique):
+        for i, frame in self._wanted(numbers):
             if (frame.height, frame.width) != self._stored:
                 raise VideoError(
-                    f"frame {unique[i]}: expected {self._stored[1]} x {self._stored[0]} pixels as of the first frame, "
+                    f"frame {numbers[i]}: expected {self._stored[1]} x {self._stored[0]} pixels as of the first frame, "
                     f"got {frame.width} x {frame.height}"
                 )
-            with _errors(f"frame {unique[i]}"):
+            with _errors(f"frame {numbers[i]}"):
                 rgb = reformatter.reformat(
                     frame, format="rgb24", interpolation="BILINEAR", dst_color_range="JPEG", threads=1
                 )
             frames[i] = upright(rgb.to_ndarray(), self.orientation)
-        return frames if np.array_equal(unique, numbers) else frames[places]
+        return frames
 
     def seconds_in_file(self, numbers: np.ndarray) -> np.ndarray:
         """float64: timestamps of frames in the file's own time, whose first frame need not be at 0."""
@@ -326,7 +324,7 @@ class PyavVideo(Closing):
         """(place in unique, decoded frame), of every rising frame number in unique."""
         if self.table.by_order:
             places = {int(index): i for i, index in enumerate(unique)}
-            for number, frame in enumerate(self._decode(0, len(self.table.pts)) if places else ()):
+            for number, frame in enumerate(self._decode(0, len(self.table.pts))):
                 if number in places:
                     yield places[number], frame
             return

@@ -9,7 +9,7 @@ from torchcodec.decoders import VideoDecoder as TorchcodecFile
 
 from fastlatent.media.pyav_decoder import RULE as PYAV_RULE
 from fastlatent.media.pyav_decoder import PyavDecoder, PyavVideo
-from fastlatent.media.video_decoders import Closing, TarVideo, Video, check_indices, is_tar
+from fastlatent.media.video_decoders import OpenVideo, TarVideo, Video, is_tar
 
 RULE = f"torchcodec-1 exact; other: {PYAV_RULE}"
 """Frames by number in torchcodec's exact mode, one thread a video, its own conversion to 8-bit RGB, its own turning.
@@ -39,7 +39,7 @@ class TorchcodecDecoder:
     def close(self) -> None: ...
 
 
-class TorchcodecVideo(Closing):
+class TorchcodecVideo(OpenVideo):
     def __init__(self, video: PyavVideo, data: bytes) -> None:
         self._video, self._data, self.info = video, data, video.info
         self._file: Any = None
@@ -48,15 +48,9 @@ class TorchcodecVideo(Closing):
         self._file = None
         self._video.close()
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        numbers = check_indices(indices, self.info.frames)
-        unique, places = np.unique(numbers, return_inverse=True)
-        if not len(unique):
-            return self._video.read(unique)
-        frames = self._exactly(unique)
-        if frames is None:
-            return self._video.read(numbers)
-        return frames if np.array_equal(unique, numbers) else frames[places]
+    def rising(self, numbers: np.ndarray) -> np.ndarray:
+        frames = self._exactly(numbers)
+        return self._video.rising(numbers) if frames is None else frames
 
     def _exactly(self, numbers: np.ndarray) -> np.ndarray | None:
         """None where torchcodec refuses the file or hands out frames of other times or sizes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import tarfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -138,18 +139,27 @@ def open_video_decoder(name: str, *, device: str = "cpu", threads: int = 1) -> V
     return decoder
 
 
-def check_indices(indices: np.ndarray, frames: int) -> np.ndarray:
-    """int64 [T]; ValueError where one lies outside [0, frames)."""
-    numbers = np.asarray(indices, dtype=np.int64)
-    if numbers.ndim != 1 or (numbers.size and (numbers.min() < 0 or numbers.max() >= frames)):
-        raise ValueError(f"read: expected frame numbers [T] from 0 to {frames - 1}, got {indices!r:.100}")
-    return numbers
+class OpenVideo(ABC):
+    """What every `Video` shares: any order and repeats, made of `rising`."""
 
+    info: VideoInfo
 
-class Closing:
-    """`with` for videos."""
+    @abstractmethod
+    def rising(self, numbers: np.ndarray) -> np.ndarray:
+        """Frames at `numbers`, int64, one or more, rising, each in [0, frames): uint8 [len(numbers), H, W, 3]."""
 
-    def close(self) -> None: ...
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        numbers = np.asarray(indices, dtype=np.int64)
+        if numbers.ndim != 1 or (numbers.size and (numbers.min() < 0 or numbers.max() >= self.info.frames)):
+            raise ValueError(f"read: expected frame numbers [T] from 0 to {self.info.frames - 1}, got {indices!r:.100}")
+        if not numbers.size:
+            return np.empty((0, self.info.height, self.info.width, 3), np.uint8)
+        unique, places = np.unique(numbers, return_inverse=True)
+        frames = self.rising(unique)
+        return frames if np.array_equal(unique, numbers) else frames[places]
+
+    def close(self) -> None:  # noqa: B027 (not every video holds something)
+        """Frees what it holds."""
 
     def __enter__(self) -> Any:
         return self
@@ -163,7 +173,7 @@ def is_tar(data: bytes) -> bool:
     return data[257:262] == b"ustar"
 
 
-class TarVideo(Closing):
+class TarVideo(OpenVideo):
     """The images of a tar archive, in its order, by `read_image`. A file of more than 8 bits is rounded to 8."""
 
     def __init__(self, data: bytes) -> None:
@@ -192,11 +202,9 @@ class TarVideo(Closing):
         _, begin, size = self._spans[index]
         return self._data[begin : begin + size]
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        numbers = check_indices(indices, self.info.frames)
-        unique, places = np.unique(numbers, return_inverse=True)
-        frames = np.empty((len(unique), self.info.height, self.info.width, 3), np.uint8)
-        for i, index in enumerate(unique):
+    def rising(self, numbers: np.ndarray) -> np.ndarray:
+        frames = np.empty((len(numbers), self.info.height, self.info.width, 3), np.uint8)
+        for i, index in enumerate(numbers):
             name = self._spans[index][0]
             try:
                 pixels = read_image(self._bytes(index), channels=3)
@@ -208,4 +216,4 @@ class TarVideo(Closing):
                     f"{pixels.shape[1]} x {pixels.shape[0]}"
                 )
             frames[i] = pixels if pixels.dtype == np.uint8 else np.rint(pixels * np.float32(255))
-        return frames if np.array_equal(unique, numbers) else frames[places]
+        return frames

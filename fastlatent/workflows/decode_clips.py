@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlatent.config import DecodeConfig
+from fastlatent.config import DecodeConfig, given
 from fastlatent.data.latents import LatentDataset
 from fastlatent.encoders.decode_memory import available_memory, plan_decode, weight_bytes
 from fastlatent.encoders.engines.numerics import fix_numerics
@@ -115,10 +115,8 @@ def _check(config: DecodeConfig, store: Dataset) -> None:
         raise ValueError(f"{store.path}: expected latents of clips, the dataset is empty")
     if config.format not in ("auto", *FORMATS):
         raise ValueError(f"--format {config.format}: clips become videos: {', '.join(FORMATS)}")
-    fields = DecodeConfig.__dataclass_fields__
-    given = [f"--{name.replace('_', '-')}" for name in _OF_OTHERS if getattr(config, name) != fields[name].default]
-    if given:
-        raise ValueError(f"{', '.join(given)}: not for datasets of clips; leave it out")
+    if flags := given(config, _OF_OTHERS):
+        raise ValueError(f"{', '.join(flags)}: not for datasets of clips; leave it out")
 
 
 def _fps(sampling: dict[str, Any]) -> float:

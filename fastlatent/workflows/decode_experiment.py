@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastlatent.config import DecodeConfig, build, to_yaml
+from fastlatent.config import DecodeConfig, build, given, to_yaml
 from fastlatent.data.step_latents import read_step
 from fastlatent.encoders.decode_memory import DecodePlan, available_memory, plan_decode, weight_bytes
 from fastlatent.encoders.engines.numerics import fix_numerics
@@ -338,8 +338,6 @@ def _refuse_image_settings(config: DecodeConfig) -> None:
     """Raise ValueError where a setting has no meaning for an experiment."""
     if config.format not in ("auto", *FORMATS):
         raise ValueError(f"--format {config.format}: an experiment's videos are one of {', '.join(FORMATS)}")
-    for name in ("latents_are", "limit", "bit_depth", "columns", "batch_size", "allow_other_vae"):
-        value, default = getattr(config, name), DecodeConfig.__dataclass_fields__[name].default
-        if value != default:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {value}: is for images; an experiment's steps are chosen with --step-filter")
+    of_images = ("latents_are", "limit", "bit_depth", "columns", "batch_size", "allow_other_vae")
+    for flag, value in given(config, of_images).items():
+        raise ValueError(f"{flag} {value}: is for images; an experiment's steps are chosen with --step-filter")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlatent.config import DecodeConfig
+from fastlatent.config import DecodeConfig, given
 from fastlatent.encoders.engines.engine import open_decoder
 from fastlatent.encoders.engines.numerics import fix_numerics
 from fastlatent.encoders.load import load_autoencoder
@@ -107,11 +107,8 @@ def _format(config: DecodeConfig) -> str:
     """The images' format. ValueError where a setting has no meaning for images."""
     if config.format not in ("auto", *SUFFIXES):
         raise ValueError(f"--format {config.format} is for the videos of an experiment; images: {', '.join(SUFFIXES)}")
-    for name in _OF_VIDEOS:
-        value = getattr(config, name)
-        if value != DecodeConfig.__dataclass_fields__[name].default:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: is for the videos of an experiment, and {config.latents} is none; leave it out")
+    for flag in given(config, _OF_VIDEOS):
+        raise ValueError(f"{flag}: is for the videos of an experiment, and {config.latents} is none; leave it out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("images are decoded by one process, a launcher such as torchrun started several; leave it out")
     if config.dtype == "tf32" and config.engine != "eager":

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlatent.config import EncodeConfig
+from fastlatent.config import EncodeConfig, given
 from fastlatent.config.encode import CLIP_TRANSFORM, IMAGE_SIZE, TEACHER_STRIDE, VAE_STRIDE
 from fastlatent.encoders.clip_protocol import ClipEncoder
 from fastlatent.encoders.engines.choose import choose_clip_engine
@@ -47,9 +47,11 @@ from fastlatent.workflows.encode_setup import (
 )
 from fastlatent.workflows.runtime import DTYPES, available_cores, set_up
 
-# Settings that only images have, and those that only a teacher has.
+# Settings that only images have, only a teacher, only an autoencoder: a student needs the tokens of the clip that it
+# sees, not of its mirror image.
 OF_IMAGES = ("all", "trajectories", "manifest_root", "copy_pkl", "condition_spec", "input_range")
 OF_TEACHERS = ("teacher_weights", "layer", "token_norm", "pool", "project_to")
+OF_AUTOENCODERS = ("payload", "mirror")
 IMAGE_DECODERS = ("pillow", "nvimagecodec")
 CALL_BYTES = 64 * 2**20  # of the clips that are read in one call
 
@@ -234,9 +236,12 @@ def set_up_clips(config: EncodeConfig) -> ClipSetup:
     """
     _refuse_settings_of_others(config)
     source = open_encode_source(config, "videos")
-    kind = kind_of(config.source, "videos") if config.kind == "auto" else config.kind
-    if config.fps is not None and kind == "frames":  # not clip by clip, after all of them were read
-        raise ValueError("--fps: folders of frames have no times, which it needs; leave it out, or say --frame-stride")
+    if config.fps is not None:  # refused here, not clip by clip after all of them were read
+        kind = kind_of(config.source, "videos") if config.kind == "auto" else config.kind
+        if kind == "frames":
+            raise ValueError(
+                "--fps: folders of frames have no times, which it needs; leave it out, or say --frame-stride"
+            )
     made = recorded(Path(config.out))
     begun: dict[str, Any] = made.get("engine", {})
     threads = config.threads or begun.get("threads", 0) or available_cores()
@@ -344,15 +349,9 @@ def _stride(config: EncodeConfig) -> int:
 
 def _refuse_settings_of_others(config: EncodeConfig) -> None:
     """Raise ValueError for what means nothing for clips, or nothing with an autoencoder."""
-    defaults = {one.name: one.default for one in fields(config)}
-    names = OF_IMAGES if config.vae is None else (*OF_IMAGES, *OF_TEACHERS)
-    given = ["--" + name.replace("_", "-") for name in names if getattr(config, name) != defaults[name]]
-    if config.vae is None and config.payload != defaults["payload"]:
-        given.append("--payload")
-    if config.vae is None and config.mirror:  # a student needs the tokens of the clip that it sees
-        given.append("--mirror")
-    if given:
-        raise ValueError(f"{', '.join(given)}: means nothing for videos with --{'vae' if config.vae else 'teacher'}")
+    others = OF_TEACHERS if config.vae else OF_AUTOENCODERS
+    if flags := given(config, (*OF_IMAGES, *others)):
+        raise ValueError(f"{', '.join(flags)}: means nothing for videos with --{'vae' if config.vae else 'teacher'}")
     if config.decoder in IMAGE_DECODERS:
         raise ValueError(f"--decoder {config.decoder}: of images; expected auto, pyav, torchcodec or dali for videos")
     if config.fps is not None and not (config.fps > 0 and math.isfinite(config.fps)):

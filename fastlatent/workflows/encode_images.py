@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlatent.config import EncodeConfig
+from fastlatent.config import EncodeConfig, given
 from fastlatent.config.encode import IMAGE_SIZE, IMAGE_TRANSFORM
 from fastlatent.encoders.engines.choose import choose_engine
 from fastlatent.encoders.engines.engine import Engine, engine_settings, open_engine
@@ -214,12 +214,9 @@ def set_up_images(config: EncodeConfig) -> ImageSetup:
 
 def _refuse_settings_of_clips(config: EncodeConfig) -> None:
     """Raise ValueError for what means nothing for images."""
-    defaults = {one.name: one.default for one in fields(config)}
-    given = [name for name in OF_CLIPS if getattr(config, name) != defaults[name]]
-    if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+    if flags := given(config, OF_CLIPS):
         raise ValueError(
-            f"{flags}: expected a --teacher, a --vae of videos or --kind videos; {config.vae} is of images"
+            f"{', '.join(flags)}: expected a --teacher, a --vae of videos or --kind videos; {config.vae} is of images"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlatent.config import SampleConfig
+from fastlatent.config import SampleConfig, given
 from fastlatent.diffusion.annealing import annealed_steps
 from fastlatent.diffusion.noise import normal
 from fastlatent.diffusion.solvers import SolverTable, build_table
@@ -232,7 +231,5 @@ def _run(
 
 def _refuse(config: SampleConfig, kind: str, names: tuple[str, ...]) -> None:
     """ValueError where one of these settings is not its default."""
-    defaults = {f.name: f.default for f in dataclasses.fields(SampleConfig)}
-    for name in names:
-        if getattr(config, name) != defaults[name]:
-            raise ValueError(f"--{name.replace('_', '-')}: {config.checkpoint} is {kind}, which has no such setting")
+    for flag in given(config, names):
+        raise ValueError(f"{flag}: {config.checkpoint} is {kind}, which has no such setting")
