@@ -18,7 +18,7 @@ BELOW_DATA = {"heads", *BELOW_HEADS}
 BELOW_SAMPLING = {"data", "encoders", "models", *BELOW_DATA}
 BELOW_EVALUATION = {"sampling", *BELOW_SAMPLING}
 BELOW_TRAINING = {"evaluation", *BELOW_EVALUATION}
-BELOW_WORKFLOWS = {"config", "patch", "training", *BELOW_TRAINING}
+BELOW_WORKFLOWS = {"config", "caches", "patches", "training", *BELOW_TRAINING}
 ALLOWED = {
     "kernels": set(),
     "_native": set(),
@@ -36,12 +36,13 @@ ALLOWED = {
     "sampling": BELOW_SAMPLING,
     "evaluation": BELOW_EVALUATION,
     "training": BELOW_TRAINING,
-    "patch": BELOW_TRAINING,
+    "patches": BELOW_TRAINING,
+    "caches": {"data", *BELOW_DATA},
     "workflows": BELOW_WORKFLOWS,
     "config": set(),
     "cli": {"config", "workflows"},
     "__main__": {"cli"},
-    "__init__": {"config", "ops", "data", "diffusion", "heads", "workflows"},
+    "__init__": {"config", "ops", "data", "diffusion", "heads", "patches", "workflows"},
 }
 FILES = [*ROOT.glob("fastlatent/**/*.py"), *ROOT.glob("kernels/**/*.py")]
 

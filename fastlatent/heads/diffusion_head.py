@@ -196,6 +196,7 @@ class DiffusionHead(FoldedHead):
         generator: torch.Generator | None = None,
         path: OpPath = "auto",
         published: bool = False,
+        t_embedding: Tensor | None = None,
     ) -> Tensor:
         """Denoise one token for every condition; the whole loop is one op.
 
@@ -210,6 +211,8 @@ class DiffusionHead(FoldedHead):
             generator: draws noise and step_noise, in this order, in the state dtype on the head's device.
             path: of the op.
             published: as in `time_embedding`.
+            t_embedding: [S, H], embeddings of the solver's timesteps that another module made, with its own roundings;
+                None: `time_embedding` of them.
 
         Returns:
             Tokens [B, C], float32, or float64 where the weights are.
@@ -240,7 +243,12 @@ class DiffusionHead(FoldedHead):
         if batch == 0:
             return state[0]
         state[0] = noise
-        rows, t_embedding = self._prepare(solver, published)
+        rows, ours = self._prepare(solver, published)
+        if t_embedding is None:
+            t_embedding = ours
+        else:
+            self._check("sample", "t_embedding", t_embedding, steps, self.spec.hidden_size)
+            t_embedding = t_embedding.to(self.weights.dtype).contiguous()
         condition = self.project(torch.stack([branch.to(self.weights.dtype) for branch in branches]))
         diffusion_head_sample(state, condition, t_embedding, rows, guidance, self.weights, step_noise, path=path)
         return state[0]

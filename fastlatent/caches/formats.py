@@ -1,0 +1,52 @@
+"""The formats of other projects by name, and which of them a folder holds."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from fastlatent.sources.files import Files, Found
+
+# name -> module under fastlatent.caches
+FORMATS = {
+    "mar": "mar",
+    "lightningdit": "lightningdit",
+    "fast-dit": "fast_dit",
+    "edm2": "edm2",
+    "frames": "frames",
+    "steps": "steps",
+    "tokens": "tokens",
+    "kohya": "kohya",
+    "simpletuner": "simpletuner",
+    "musubi": "musubi",
+    "webdataset": "webdataset",
+    "mds": "mds",
+}
+TARGETS = (*FORMATS, "datasets")  # what is only written last
+
+
+def format_of(name: str) -> Any:
+    """The module of a format."""
+    return importlib.import_module(f"fastlatent.caches.{FORMATS.get(name, name)}")
+
+
+def detect(files: Files, found: Sequence[Found]) -> str:
+    """The format of these files.
+
+    Raises:
+        ValueError: none, or several formats at once; says how many files each has.
+    """
+    claimed = {name: count for name in FORMATS if (count := format_of(name).claims(files, found))}
+    if len(claimed) == 1:
+        return next(iter(claimed))
+    if not claimed:
+        titles = "\n  ".join(f"{name}: {format_of(name).TITLE}" for name in FORMATS)
+        raise ValueError(
+            f"{files.root}: expected a latent cache of one of these formats:\n  {titles}\n"
+            f"got {len(found)} files" + (f", {found[0].path} first" if found else "")
+        )
+    listed = ", ".join(f"{name} ({count:,} files)" for name, count in claimed.items())
+    raise ValueError(
+        f"{files.root}: expected one format, got {listed}: convert each from a folder of its own, or say --format"
+    )
