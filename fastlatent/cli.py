@@ -21,6 +21,7 @@ from fastlatent import config
 # command -> (config, module under fastlatent.workflows, function)
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "encode": (config.EncodeConfig, "encode", "encode"),
+    "convert": (config.ConvertConfig, "convert", "convert"),
     "train vae": (config.TrainVaeConfig, "train_vae", "train_vae"),
     "train ar": (config.TrainArConfig, "train_ar", "train_ar"),
     "train dit": (config.TrainDitConfig, "train_dit", "train_dit"),
@@ -86,7 +87,7 @@ def run(command: str, resolved: Any, *, only_print: bool = False) -> int:
         result = _imported(module, function)(resolved)
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        then = "go on" if command.startswith(("encode", "train", "decode")) else "start over"
+        then = "go on" if command.startswith(("encode", "convert", "train", "decode", "push", "pull")) else "start over"
         print(f"fastlatent {command}: interrupted; rerun the same command to {then}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:

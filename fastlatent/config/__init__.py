@@ -4,6 +4,7 @@ The command line, the YAML files and the docs are made from these. Precedence: d
 Plain Python, no torch: `fastlatent --help` imports this.
 """
 
+from fastlatent.config.convert import ConvertConfig
 from fastlatent.config.decode import DecodeConfig, GalleryConfig
 from fastlatent.config.encode import EncodeConfig
 from fastlatent.config.fields import (
@@ -43,6 +44,7 @@ from fastlatent.config.train import (
 
 __all__ = [
     "MAX_SEED",
+    "ConvertConfig",
     "DecodeConfig",
     "DoctorConfig",
     "EncodeConfig",

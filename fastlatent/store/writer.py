@@ -315,11 +315,16 @@ class DatasetWriter:
             time.sleep(lease.POLL_SECONDS)  # a host that may be down: its lease expires
 
     @property
-    def left_out(self) -> int:
-        """Files of the plan that are in quarantine: since earlier generations, or by units that are committed."""
+    def quarantined(self) -> list[Quarantined]:
+        """What the plan's units that are committed, by whomever, put into quarantine."""
         with self._guard:
             units = [one for one in self._committed.values() if one.unit in self._units]
-        return self._settled + sum(len(one.quarantined) for one in units)
+        return [bad for one in units for bad in one.quarantined]
+
+    @property
+    def left_out(self) -> int:
+        """Files of the plan that are in quarantine: since earlier generations, or by units that are committed."""
+        return self._settled + len(self.quarantined)
 
     def claim(self, on_others: Callable[[int], None] | None = None) -> Iterator[Unit]:
         """The plan's units that nobody has committed and nobody else works on, one by one; commit each.

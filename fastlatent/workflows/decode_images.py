@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,6 @@ from fastlatent.encoders.load import load_autoencoder
 from fastlatent.encoders.protocol import Autoencoder
 from fastlatent.media.writers import SUFFIXES
 from fastlatent.pipeline.ahead import ahead
-from fastlatent.pipeline.checkpoints import newest_first
 from fastlatent.pipeline.interrupt import StopRequest
 from fastlatent.pipeline.progress import Progress
 from fastlatent.sampling.graphs import batch_bucket
@@ -27,6 +25,7 @@ from fastlatent.store.provenance import differences
 from fastlatent.workflows.encode_setup import engine_cache
 from fastlatent.workflows.image_files import ImageFiles, decode_batch
 from fastlatent.workflows.latent_inputs import RAW, LatentImages, open_latents
+from fastlatent.workflows.latent_scaling import read_scaling
 from fastlatent.workflows.runtime import DTYPES, keep_config, set_up
 
 _OF_VIDEOS = ("prompt_filter", "video_filter", "step_filter", "fps", "crf", "scale", "gpus", "force", "verbose")
@@ -51,7 +50,9 @@ def decode_images(config: DecodeConfig) -> None:
     vae = load_matching_autoencoder(
         config.vae, images.made_by, images.channels, device, dtype, allow_other=config.allow_other_vae
     )
-    factors = None if are == RAW else _scaling(Path(config.vae or ""), vae)
+    factors = None
+    if are != RAW:
+        factors = read_scaling(Path(config.vae or ""), vae.latent_channels, "--latents-are scaled")
     print(f"{path}: {images.format}, {len(images.names)} images, latents {_shapes(images)}, {are}")
     if config.dry_run:
         return
@@ -134,36 +135,6 @@ def _latents_are(config: DecodeConfig, path: Path, images: LatentImages) -> str:
 
 def _shapes(images: LatentImages) -> str:
     return ", ".join(str(list(shape)) for shape in images.groups)
-
-
-def _scaling(path: Path, vae: Autoencoder) -> tuple[Tensor, Tensor]:
-    """(mean, std), float64 [C] or []: raw = scaled·std + mean, as the autoencoder's config has it.
-
-    Raises:
-        ValueError: it has no factors of its own (those that diffusers would fill in belong to other autoencoders), or
-            they do not fit.
-    """
-    folder = next((f for f in newest_first(path) if (f / "config.json").is_file()), None)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
-    factor, mean, std = (config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std"))
-    if (factor is None and std is None) or config.get("_class_name") == "AutoencoderRAE":  # which scales by itself
-        raise ValueError(
-            f"--latents-are scaled: --vae {path} names no scaling_factor and no latents_std in a config.json; name the "
-            "autoencoder's diffusers folder, or undo the scaling and say --latents-are raw"
-        )
-    try:
-        shift = torch.tensor(mean or config.get("shift_factor") or 0.0, dtype=torch.float64)
-        scale = torch.tensor(std or 1.0, dtype=torch.float64) / (factor or 1.0)
-        fit = all(tuple(one.shape) in ((), (vae.latent_channels,)) for one in (shift, scale))
-    except (TypeError, ValueError):
-        fit = False
-    if not fit:
-        raise ValueError(
-            f"--latents-are scaled: {folder}/config.json: expected a number or {vae.latent_channels} numbers as "
-            f"scaling_factor, shift_factor, latents_mean and latents_std, got {(factor, config.get('shift_factor'))}, "
-            f"{mean} and {std}"
-        )
-    return shift, scale
 
 
 def _unscaled(latents: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -131,7 +131,10 @@ def _of_dataset(dataset: LatentDataset, limit: int) -> LatentImages:
         shapes.setdefault((bucket.channels, *bucket.shape[-2:]), []).append(number)
     groups = {shape: np.flatnonzero(np.isin(store.bucket[rows], numbers)) for shape, numbers in shapes.items()}
     kind = f"a dataset of {store.payload}"
-    return LatentImages(kind, RAW, dataset.autoencoder, names, {k: v for k, v in groups.items() if len(v)}, read)
+    hashed = store.provenance["hashed"]
+    are = UNKNOWN if "values" in hashed.get("converted", {}).get("scaling", {}) else RAW
+    made_by = dataset.autoencoder if "vae" in hashed else None  # of a converted cache it may not be known
+    return LatentImages(kind, are, made_by, names, {k: v for k, v in groups.items() if len(v)}, read)
 
 
 def _of_sampler(path: Path, limit: int) -> LatentImages:
