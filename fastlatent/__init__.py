@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fastlatent.data.teacher_tokens import CachedSSv2Dataset, TeacherTokens, collate_cached_latents
     from fastlatent.diffusion.solvers import SolverTable
     from fastlatent.heads.diffusion_head import DiffusionHead
+    from fastlatent.patches.patch import patch
+    from fastlatent.workflows.convert_cache import ConvertReport
     from fastlatent.workflows.decode_experiment import ExperimentLatentDecoder
     from fastlatent.workflows.encode import EncodeReport
     from fastlatent.workflows.next_token_pipeline import NextTokenPipeline
@@ -31,8 +33,10 @@ __all__ = [
     "SolverTable",
     "TeacherTokens",
     "collate_cached_latents",
+    "convert",
     "encode",
     "ops",
+    "patch",
 ]
 
 # Resolved on first use: importing fastlatent imports no torch.
@@ -47,6 +51,7 @@ _HOME = {
     "SolverTable": "fastlatent.diffusion.solvers",
     "TeacherTokens": "fastlatent.data.teacher_tokens",
     "collate_cached_latents": "fastlatent.data.teacher_tokens",
+    "patch": "fastlatent.patches.patch",
 }
 
 
@@ -64,6 +69,23 @@ def encode(
     from fastlatent.workflows.encode import encode as run
 
     return run(build(EncodeConfig, {}, {"source": fspath(source), "vae": fspath(vae), "out": fspath(out), **settings}))
+
+
+def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], **settings: Any) -> ConvertReport:
+    """Turn another project's latent cache into a dataset, or, with to="mar" …, a dataset into such a cache.
+
+    `settings` are the other fields of config.ConvertConfig.
+
+    Raises:
+        ValueError: a setting is unknown or wrong, the source is of no known format or damaged, or `out` holds
+            something else.
+    """
+    from os import fspath
+
+    from fastlatent.config import ConvertConfig, build
+    from fastlatent.workflows.convert import convert as run
+
+    return run(build(ConvertConfig, {}, {"source": fspath(source), "out": fspath(out), **settings}))
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import sys
 from pathlib import Path
-
-import fastlatent
 
 _CTYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 # The enum in csrc/fastlatent.h.
@@ -28,8 +27,9 @@ class BadIndexError(RuntimeError):
 @functools.cache
 def load(backend: str) -> ctypes.CDLL | None:
     """Return libfastlatent_<backend>, or None where it was not built."""
-    # In an editable install the package has two roots: the source tree and site-packages.
-    for root in map(Path, fastlatent.__path__):
+    # In an editable install the package has two roots: the source tree and site-packages. Its name is not written here:
+    # tools/hub_kernels ships this file in a package of another name.
+    for root in map(Path, sys.modules[__name__.rpartition(".")[0]].__path__):
         library = root / "lib" / f"libfastlatent_{backend}.so"
         if library.exists():
             return _declare(ctypes.CDLL(str(library)), (root / "lib" / "fastlatent.h").read_text())

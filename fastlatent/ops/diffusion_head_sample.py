@@ -300,6 +300,11 @@ def _run(
         input_weight, input_bias, modulation_weight, modulation_bias, up_weight, up_bias, down_weight, down_bias,
         output_weight, output_bias, up_scale, down_scale, layer_norm, eps,
     )  # fmt: skip
+    # Who calls torch.ops, as an exported program does, skips the checks above, and kernels read addresses.
+    if not state.is_contiguous():
+        raise ValueError(f"diffusion_head_sample: expected a contiguous state, got strides {state.stride()}")
+    condition, table, guidance = condition.contiguous(), table.contiguous(), guidance.contiguous()
+    noise = None if noise is None else noise.contiguous()
     runs = {
         "cpu": {"few_rows": _few_rows_cpu, "many_rows": _reference},
         "cuda": {"few_rows": _few_rows_cuda, "many_rows": _many_rows_cuda},

@@ -221,19 +221,20 @@ def _reader(
             raise ValueError(f"no {POSES}")
         if poses[name].size > MAX_BYTES:
             raise ValueError(f"{POSES} has {poses[name].size} bytes; at most {MAX_BYTES} are read")
-        in_order = _in_order(frames.get(name, []))
+        ordered = in_order(frames.get(name, []))
         try:
-            position, yaw = _poses(read_arrays(files.read(poses[name].path)))
+            position, yaw = check_poses(read_arrays(files.read(poses[name].path)))
         except ValueError as error:
             raise ValueError(f"{POSES}: {error}") from None
-        if len(position) != len(in_order):
-            raise ValueError(f"{len(in_order)} frames, but {len(position)} poses in {POSES}")
-        return _Trajectory(name, poses[name].path, in_order, position, yaw)
+        if len(position) != len(ordered):
+            raise ValueError(f"{len(ordered)} frames, but {len(position)} poses in {POSES}")
+        return _Trajectory(name, poses[name].path, ordered, position, yaw)
 
     return read
 
 
-def _in_order(frames: list[tuple[int, Found]]) -> list[Found]:
+def in_order(frames: list[tuple[int, Found]]) -> list[Found]:
+    """Numbered frames by number; ValueError unless these are 0 to T−1, each once."""
     if not frames:
         raise ValueError("no frame called 0.jpg, 1.jpg …")
     frames = sorted(frames, key=lambda frame: frame[0])
@@ -246,8 +247,8 @@ def _in_order(frames: list[tuple[int, Found]]) -> list[Found]:
     return [found for _, found in frames]
 
 
-def _poses(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """float64 position [T, 2] and yaw [T]."""
+def check_poses(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """float64 position [T, 2] and yaw [T] of what a traj_data.pkl holds; ValueError where they are anything else."""
     if missing := {"position", "yaw"} - arrays.keys():
         raise ValueError(f"no {' and no '.join(sorted(missing))}; it holds {', '.join(sorted(arrays)) or 'nothing'}")
     position, yaw = (arrays[name].astype(np.float64) for name in ("position", "yaw"))

@@ -5,10 +5,7 @@ Nothing is unpickled but tensors and arrays, and nothing is allocated because a 
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
-import re
 import weakref
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,23 +13,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fastlatent.data.array_files import map_pt
+from fastlatent.data.numpy_files import npy_begin, npy_header
+
 # What latents are called in a file that holds several arrays; the first that is there counts. Moments are mean‖logvar.
 NAMES = ("moments", "latents", "latent", "arr_0")
-MAX_HEADER = 10_000  # bytes of text, as numpy has it
 MAX_IMAGE = 1 << 27  # numbers of one image's latent; 16,384² pixels at a stride of 8 have 32 channels in it
 _INFLATED = 1032  # deflate makes at most this of one byte
-# What the tensors' safe unpickler must know to build arrays, under the names that numpy 1 and 2 give it.
-_ARRAYS: list[Any] = [
-    np.ndarray, np.dtype, *(type(np.dtype(name)) for name in ("f2", "f4", "f8")),
-    *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,20 +129,15 @@ def _npz(path: Path, stack: ExitStack) -> list[Found]:
 def _stream(stream: IO[bytes], size: int, *, is_moments: bool) -> Found:
     """An array in the format .npy of `size` bytes, read forwards where rows are asked for in their order."""
     start = stream.read(12)
-    two = start[6:7] == b"\x01"  # bytes that say how long the header is; later versions have four
-    length = int.from_bytes(start[8 : 10 if two else 12], "little")
-    if start[:6] != b"\x93NUMPY" or not 12 <= length <= MAX_HEADER:
-        raise ValueError(f"expected an array of numpy, got {start[:8]!r} and a header of {length} bytes")
-    begin = (10 if two else 12) + length
-    header = io.BytesIO(start + stream.read(begin - 12))
-    np.lib.format.read_magic(header)
-    parse = np.lib.format.read_array_header_1_0 if two else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = parse(header)
-    if dtype.kind != "f" or dtype.itemsize > 8:
-        raise ValueError(f"expected floats, got {dtype}{_hint(dtype)}")
+    begin = npy_begin(start)
+    header = npy_header(start + stream.read(begin - 12))
+    dtype, shape, fortran = header
+    if dtype.kind != "f":
+        hint = ": if this is bfloat16, save its values as float32" if dtype == np.uint16 else ""
+        raise ValueError(f"expected floats, got {dtype}{hint}")
     if fortran and len(shape) > 1:
         raise ValueError("expected rows one after another, got Fortran's order; save np.ascontiguousarray of it")
-    if begin + math.prod(shape) * dtype.itemsize != size:
+    if begin + header.nbytes != size:
         raise ValueError(f"expected {begin} + {list(shape)} × {dtype.itemsize} bytes, got {size}: it is truncated")
     row = math.prod(shape[-3:])
 
@@ -164,29 +153,8 @@ def _stream(stream: IO[bytes], size: int, *, is_moments: bool) -> Found:
     return shape, is_moments, rows
 
 
-def _hint(dtype: np.dtype[Any]) -> str:
-    if dtype.hasobject:
-        return ": pickled objects, which are never loaded, since they can run code; save one array of floats"
-    return ": if this is bfloat16, save its values as float32" if dtype in (np.uint16, np.dtype("V2")) else ""
-
-
 def _pt(path: Path, stack: ExitStack) -> list[Found]:
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:  # torch would inflate 1 GB of a record that takes 1 MB
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise ValueError("expected a file of torch.save, got an archive with compressed records")
-    try:
-        with torch.serialization.safe_globals(_ARRAYS):
-            loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
-    except pickle.UnpicklingError as error:
-        needed = re.search(r"GLOBAL (\S+)", str(error))
-        if needed is None:
-            raise ValueError("not a readable file of torch.save, or pickled by something else") from None
-        raise ValueError(
-            f"it holds {needed[1]}, which only pickle can load, and pickle runs whatever code a file holds; save a "
-            "tensor, or a dict or list of tensors"
-        ) from None
+    loaded = map_pt(path)
     name = None
     if isinstance(loaded, Mapping):
         name = next((name for name in NAMES if name in loaded), None)
@@ -196,14 +164,11 @@ def _pt(path: Path, stack: ExitStack) -> list[Found]:
     things = loaded if isinstance(loaded, list | tuple) else [loaded]
     tensors = [torch.from_numpy(thing) if isinstance(thing, np.ndarray) else thing for thing in things]
     for tensor in tensors:
-        sound = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
-        if not sound or tensor.is_meta:
-            kind = f"{tensor.dtype} {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            kind += " without values (meta)" if isinstance(tensor, Tensor) and tensor.is_meta else ""
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"expected tensors of floats (alone, in a list, or in a dict), got {kind}")
-    claimed, size = sum(tensor.numel() * tensor.element_size() for tensor in tensors), path.stat().st_size
-    if not tensors or claimed > size:
-        raise ValueError(f"expected tensors that the {size} bytes of the file hold, got {claimed} bytes")
+    if not tensors:
+        raise ValueError("expected tensors of floats (alone, in a list, or in a dict), got an empty list")
     return [_tensor(tensor, name == "moments") for tensor in tensors]
 
 

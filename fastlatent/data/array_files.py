@@ -1,0 +1,318 @@
+"""Arrays in .npy, .npz, .pt and .safetensors files, perhaps damaged or hostile, from bytes and back.
+
+Nothing in a file is called or imported, and nothing is allocated because a header claims it: what is allocated is
+counted first against what the file can hold. Whatever bytes come, the readers return or raise DamagedArrays. .npy, .pt
+and .safetensors may be gzip files as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import re
+import threading
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlatent.data.numpy_files import MAX_AXES, npy_bytes, npz_bytes, read_npy, read_npz
+from fastlatent.data.packed_files import (
+    GZIP,
+    Buffer,
+    DamagedArrays,
+    guarded,
+    gunzip,
+    zip_members,
+)
+
+__all__ = [
+    "DamagedArrays", "extract_latent", "find_latent", "map_pt", "npy_bytes", "npz_bytes", "pt_bytes", "read_npy",
+    "read_npz", "read_pt", "read_safetensors", "safetensors_bytes", "to_tensor", "to_values",
+]  # fmt: skip
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NAMES = ("latent", "latents", "moments")  # of the one array that counts in a dict of several
+# How a file of torch.save begins before torch 1.6: a pickle of this number.
+_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"
+
+_SAFE_GLOBALS = threading.Lock()  # torch keeps the names that weights_only allows for the whole process
+
+_BFLOAT16_BITS = (np.dtype("<u2"), np.dtype("<i2"))  # bfloat16 through a view, as torch's users save it
+_SAFETENSORS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS.items()}
+
+
+@guarded
+def read_pt(data: Buffer) -> Any:
+    """What torch.save wrote (.pt, .pth, .bin, also as .gz): tensors, numpy arrays of numbers, containers, scalars.
+
+    Read with weights_only. Tensors are on the CPU, dense, and no larger than what is stored of them.
+
+    Raises:
+        DamagedArrays: no such file, a wrong checksum, classes, which are never loaded.
+    """
+    if data[:2] == GZIP:
+        data = gunzip(data)
+    sizes, numpy = _pt_storages(data)
+    return _checked_pt(_load(io.BytesIO(data), numpy), sizes, len(data))
+
+
+def map_pt(path: Path) -> Any:
+    """As `read_pt`, of a file: values stay there until they are looked at, and their checksums are not compared."""
+    import mmap
+
+    with open(path, "rb") as file:
+        start = file.read(len(_LEGACY))
+        if not start:
+            raise DamagedArrays("expected a file of torch.save, got an empty one; make it again")
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    sizes, numpy = _pt_storages(data, checked=False)
+    return _checked_pt(_load(path, numpy, mmap=not start.startswith(_LEGACY)), sizes, len(data))
+
+
+def _pt_storages(data: Buffer, checked: bool = True) -> tuple[set[int] | None, bool]:
+    """Sizes of the storages in a file of torch.save, None where they are not listed (before torch 1.6); and whether its
+    pickle may ask for numpy's classes.
+
+    torch.load compares no checksums, and only newer ones compare a storage's size in the pickle with its record.
+    """
+    if bytes(data[: len(_LEGACY)]) == _LEGACY:
+        return None, True
+    advice = "expected a file of torch.save (a zip archive)"
+    if data[:2] != b"PK":
+        raise DamagedArrays(f"{advice}, got one that starts with {bytes(data[:8])!r}; make it again")
+    view, order, numpy = memoryview(data), b"little", False
+    try:
+        members = zip_members(view)
+    except DamagedArrays as error:
+        raise DamagedArrays(f"{advice}, got {error}") from None
+    sizes = set()
+    for name, deflated, crc, packed, size, begin in members:
+        if deflated:  # torch would inflate 1 GB of a record that takes 1 MB
+            raise DamagedArrays(f"{advice}, got an archive with compressed records; make it again")
+        content = view[begin : begin + packed]
+        # 0: torch.serialization.set_crc32_options(False)
+        if checked and crc and zlib.crc32(content) != crc:
+            raise DamagedArrays(f"{advice}, got a damaged one: the checksum of {name!r:.80} is wrong; make it again")
+        if "/data/" in name:
+            sizes.add(size)
+        elif name.endswith(".pkl"):
+            numpy = b"numpy" in bytes(content)
+        elif name.endswith("/byteorder"):
+            order = bytes(content[:8])
+    if order != b"little":
+        raise DamagedArrays(f"expected little-endian tensors, got byte order {order!r}")
+    return sizes, numpy
+
+
+def _load(source: Any, numpy: bool, mmap: bool = False) -> Any:
+    try:
+        if not numpy:  # nobody waits for the lock
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        with _SAFE_GLOBALS, torch.serialization.safe_globals(_numpy_classes()):
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    # Damaged pickles come out as UnpicklingError, RuntimeError, KeyError, IndexError, AssertionError, TypeError …
+    except Exception as error:
+        said = str(error)
+        advice = "save the tensor alone: torch.save(latents.cpu(), path)"
+        if refused := re.search(r"GLOBAL (\w+(?:\.\w+)*)", said):
+            what = f"a pickle that needs {refused[1]}, which is never loaded, since it could run any code"
+        elif "Unsupported operand" in said:
+            what = "a pickle of another protocol than torch.save's own, 2"
+        else:
+            what = f"what torch.load calls {' '.join(said.split('WeightsUnpickler error:')[-1].split()):.200}"
+            advice = "make it again"
+        raise DamagedArrays(f"expected tensors, got {what}; {advice}") from None
+
+
+@functools.cache
+def _numpy_classes() -> list[Any]:
+    """What the safe unpickler must know to build arrays of numbers, under the names that numpy 1 and 2 give it."""
+    reconstruct = np.empty(0).__reduce__()[0]
+    classes = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "efdhHilqILQbB?"}]
+    return classes + [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+
+
+def _checked_pt(loaded: Any, sizes: set[int] | None, length: int) -> Any:
+    """What was loaded, if its tensors are dense and each has its values in the file."""
+    left, seen = [loaded], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+                raise DamagedArrays(f"expected a dense tensor, got {value.layout} on {value.device}")
+            stored = value.untyped_storage().nbytes()
+            sound = not stored or (stored <= length if sizes is None else stored in sizes)
+            if not sound or value.numel() * value.element_size() > stored:
+                raise DamagedArrays(f"a tensor of shape {list(value.shape)} is larger than what is stored of it")
+        elif isinstance(value, np.ndarray):
+            if value.dtype.hasobject or value.nbytes > length:
+                raise DamagedArrays(f"expected an array of numbers in {length} bytes, got {value.dtype} {value.shape}")
+        elif isinstance(value, (list, tuple, Mapping)) and id(value) not in seen:
+            seen.add(id(value))  # a list may hold itself
+            left.extend(value.values() if isinstance(value, Mapping) else value)
+    return loaded
+
+
+@guarded
+def read_safetensors(data: Buffer) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by name, metadata) of a .safetensors file, also of a .gz.
+
+    Raises:
+        DamagedArrays: no such file, torn, a dtype that torch does not have.
+    """
+    import safetensors
+
+    whole = bytes(gunzip(data)) if data[:2] == GZIP else bytes(data)
+    try:
+        entries = safetensors.deserialize(whole)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise DamagedArrays(f"damaged or no .safetensors file ({error}); make it again") from None
+    tensors = {}
+    for name, entry in entries:
+        dtype = _SAFETENSORS.get(entry["dtype"])
+        if dtype is None:
+            raise DamagedArrays(f"{name!r:.80}: expected one of {', '.join(_SAFETENSORS)}, got {entry['dtype']}")
+        values = entry["data"]
+        flat = torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.reshape(entry["shape"])
+    header = whole[8 : 8 + int.from_bytes(whole[:8], "little")]
+    return tensors, json.loads(header).get("__metadata__") or {} if b"__metadata__" in header else {}
+
+
+def extract_latent(loaded: Any) -> Tensor:
+    """The one latent in what a file held, contiguous, of FLOATS, its dtype kept.
+
+    A tensor or numpy array; a dict in which it is called latent, latents or moments, or is the only array; a list or
+    tuple of one of these; nested lists of numbers (float32, as torch makes of them).
+
+    Raises:
+        DamagedArrays: nothing, several, other numbers than floats.
+    """
+    return find_latent(loaded)[0]
+
+
+_RULE = "expected a tensor, a dict with `latent` or `latents`, or a list of one"
+
+
+def find_latent(loaded: Any) -> tuple[Tensor, str]:
+    """As `extract_latent`, and what was set aside for it ("" for nothing)."""
+    value, taken = loaded, []
+    for _ in range(3):
+        if isinstance(value, Mapping):
+            named = [name for name in NAMES if name in value]
+            arrays = named or [name for name, one in value.items() if isinstance(one, (Tensor, np.ndarray))]
+            arrays = arrays or list(value)
+            if len(arrays) != 1:
+                raise DamagedArrays(f"{_RULE}, got a dict of {', '.join(map(str, value)) or 'nothing':.200}")
+            others = ", ".join(str(name) for name in value if name != arrays[0])
+            taken += [f"took {arrays[0]!r}, left {others:.200}"] if others else []
+            value = value[arrays[0]]
+        elif isinstance(value, (list, tuple)) and len(value) == 1 and not _is_nested_numbers(value):
+            value = value[0]
+        else:
+            break
+    if isinstance(value, Tensor):
+        tensor = value
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind != "f" or value.dtype.itemsize > 8 or value.ndim > MAX_AXES:
+            hint = "; if these are bfloat16's bits, save the values as float32" if value.dtype in _BFLOAT16_BITS else ""
+            raise DamagedArrays(f"expected float16, float32 or float64, got a numpy array of {value.dtype}{hint}")
+        native = value.astype(value.dtype.newbyteorder("="), order="C", copy=False)
+        tensor = torch.from_numpy(native if native.flags.writeable else native.copy())
+    elif _is_nested_numbers(value):
+        try:
+            tensor = torch.tensor(value, dtype=torch.float32)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise DamagedArrays(f"{_RULE}, got nested lists that are no array ({error})") from None
+    else:
+        got = f"{type(value).__name__} of {len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
+        several = isinstance(value, (list, tuple)) and len(value) > 1
+        advice = "save one latent a file" if several else "save the tensor alone: torch.save(latents.cpu(), path)"
+        raise DamagedArrays(f"{_RULE}, got a {got}; {advice}")
+    if tensor.dtype not in FLOATS:
+        hint = ""
+        if tensor.dtype in (torch.int16, torch.uint16):
+            hint = "; if these are bfloat16's bits, save latents.view(torch.bfloat16)"
+        raise DamagedArrays(f"expected float16, bfloat16, float32 or float64, got {tensor.dtype}{hint}")
+    if not tensor.numel():
+        raise DamagedArrays(f"expected latents, got the empty shape {list(tensor.shape)}; make it again")
+    return tensor.detach().resolve_neg().contiguous(), "; ".join(taken)
+
+
+def _is_nested_numbers(value: Any) -> bool:
+    """Whether the first leaf of nested lists is a number."""
+    for depth in range(MAX_AXES + 1):
+        if not isinstance(value, (list, tuple)) or not value:
+            return depth > 0 and isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = value[0]
+    return False
+
+
+def pt_bytes(value: Any) -> bytes:
+    """What torch.save writes; of tensors the values that they show, not what else lies in their storage."""
+    stream = io.BytesIO()
+    torch.save(_compact(value), stream)
+    return stream.getvalue()
+
+
+def _compact(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.untyped_storage().nbytes() == value.numel() * value.element_size() else value.clone()
+    if type(value) is dict:
+        return {name: _compact(one) for name, one in value.items()}
+    return type(value)(map(_compact, value)) if type(value) in (list, tuple) else value
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What safetensors.torch.save writes, with the metadata in the order of its names.
+
+    The library itself writes metadata in an order that changes from process to process.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}} if metadata else {}
+    parts, end = [b"", b""], 0
+    for name in order:
+        tensor = tensors[name].detach().cpu().contiguous()
+        content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end := end + len(content)],
+        }
+        parts.append(content)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    parts[:2] = len(text).to_bytes(8, "little"), text
+    return b"".join(parts)
+
+
+_VALUES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in _VALUES.items()}
+
+
+def to_values(tensor: Tensor) -> tuple[np.ndarray, str]:
+    """(values, "F16", "BF16", "F32" or "F64") of a tensor on the CPU; uint16 stands for bfloat16. No copy."""
+    if tensor.dtype not in _VALUES:
+        raise DamagedArrays(f"expected one of {', '.join(map(str, FLOATS))}, got {tensor.dtype}")
+    plain = tensor.detach()
+    return (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy(), _VALUES[tensor.dtype]
+
+
+def to_tensor(values: np.ndarray, dtype: str) -> Tensor:
+    """What `to_values` took apart; a copy where the array may not be written to."""
+    tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+    return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor.to(_DTYPES[dtype])
