@@ -36,7 +36,7 @@ NAMES = {np.dtype("<f2"): "float16", np.dtype("<f4"): "float32", np.dtype("<f8")
 
 @dataclass(frozen=True)
 class _Column:
-    """feature: as in dataset_info.json. shape: of an ArrayND, None for what differs; () for a column of other values."""
+    """feature: as in dataset_info.json. shape: of an ArrayND, None for what differs; () for other columns."""
 
     name: str
     feature: dict[str, Any]

@@ -34,6 +34,7 @@ from fastlatent.store.files import parse_json
 TITLE = "EDM2, REPA: NNNNN/img-mean-std-NNNNNNNN.npy with mean and std, and dataset.json; a folder or a zip file"
 PAYLOADS = ("moments",)
 SCALING = (1.0, 0.0)
+DTYPE = "F32"
 ROUNDING = 1e-6  # of logvar, after its way through a float32 std
 NAME_OF = {np.dtype("<f2"): "F16", np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 NAME = re.compile(r"((?:.*/)?)\d{5,}/img-mean-std-\d{8,}\.npy", re.ASCII | re.DOTALL)

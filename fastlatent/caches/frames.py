@@ -4,7 +4,8 @@ A file is a tensor, a dict with `latent`, a list or an array; `write` makes {"la
 yaw are those of traj_data.pkl; where no trajectory has one, there are none. A trajectory is used whole or not at all:
 a frame that is missing would shift the poses of all that follow.
 
-Round trip: equal arrays under equal names; poses equal as float64, yaw [T] where it was [T, 1].
+Round trip: equal arrays under equal names, but float32 within one unit in the last place (6e-8) where values were
+scaled; poses equal as float64, yaw [T] where it was [T, 1].
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def open_cache(files: Files, found: Sequence[Found], told: Told) -> Cache:
     first = first_look(files, [frame for one in used.values() for frame in one.frames[:1]])
     if first is None:
         reasons = "".join(f"; {place}: {why}" for place, why in list(left_out.items())[:3])
-        raise ValueError(f"{files.root}: expected <trajectory>/0.pt …, got none that can be read{reasons}")
+        raise ValueError(
+            f"{files.root}: expected <trajectory>/0.pt, 1.pt …, got none that can be used{reasons}; if these are no "
+            "frames but images with numbers for names, say --format simpletuner"
+        )
     if len(first.shape) != 3:
         raise ValueError(f"{files.root}: expected frames [C, h, w], got {list(first.shape)}: say another --format")
     shape, dtype, posed, latents = first.shape, first.dtype, bool(poses), LatentReader()

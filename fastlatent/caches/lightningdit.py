@@ -30,6 +30,7 @@ from fastlatent.sources.files import Files, Found, read_each
 TITLE = "LightningDiT: latents_rank00_shard000.safetensors … with latents, latents_flip and labels"
 PAYLOADS = ("latents",)
 SCALING = (1.0, 0.0)
+NUMBERED = True  # rows of a shard are renumbered where some were left out: the n-th row written is the n-th read again
 SHARD = re.compile(r"(?:.*/)?latents_rank(\d+)_shard(\d+)\.safetensors", re.DOTALL)
 STATISTICS = "latents_stats.pt"
 MAX_CLASSES = 1_000_000  # a larger label is damage, and its list of names a bomb
@@ -236,11 +237,12 @@ def write(outgoing: Outgoing, out: Path) -> Iterator[int]:
     if not outgoing.classes and "labels" not in facts:
         raise ValueError(f"{out}: expected labels, which LightningDiT's loader needs, got a dataset without classes")
     start = number = 0
+    width = max(3, len(str((outgoing.count - 1) // outgoing.rows_per_shard)))  # so that names sort as numbers
     while start < outgoing.count:
         if facts:
             stem, end = shard_of(outgoing.row(start).key, out), shard_end(outgoing, start, out)
         else:
-            stem, end = f"latents_rank00_shard{number:03d}", min(start + outgoing.rows_per_shard, outgoing.count)
+            stem, end = f"latents_rank00_shard{number:0{width}d}", min(start + outgoing.rows_per_shard, outgoing.count)
         path = target(out, stem + ".safetensors")
         if not path.exists():
             put_file(path, partial(_write_shard, outgoing, start, end, stem))

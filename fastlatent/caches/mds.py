@@ -36,6 +36,9 @@ from fastlatent.sources.files import Files, Found
 TITLE = "MosaicML, MicroDiffusion: MDS shards and index.json, with latents in a column of their own"
 PAYLOADS = ("latents",)
 SCALING = None
+NUMBERED = (
+    True  # samples of a shard are renumbered where some were left out: the n-th row written is the n-th read again
+)
 MARK = re.compile(r"@[^/]*$")  # behind a key, which of a sample's rows it is
 SHARD_BYTES = 1 << 26  # as the format's own writer has them
 
@@ -63,13 +66,14 @@ def write(outgoing: Outgoing, out: Path) -> Iterator[int]:
     entries: list[dict[str, Any]] = []
     start = 0
     rows = outgoing.rows_per_shard
+    if not outgoing.facts and outgoing.count:
+        rows = max(1, min(rows, SHARD_BYTES // len(layout.sample([outgoing.row(0)]))))
+    width = max(5, len(str((outgoing.count - 1) // rows)))  # so that names sort as numbers
     while start < outgoing.count:
         if outgoing.facts:
             stem, end = shard_of(outgoing.row(start).key, out), shard_end(outgoing, start, out)
         else:
-            if not start:
-                rows = max(1, min(rows, SHARD_BYTES // len(layout.sample([outgoing.row(0)]))))
-            stem, end = f"shard.{len(entries):05d}", min(start + rows, outgoing.count)
+            stem, end = f"shard.{len(entries):0{width}d}", min(start + rows, outgoing.count)
         path = target(out, f"{stem}.mds")
         if not path.exists():
             samples = [layout.sample(one) for one in _samples(outgoing, start, end, bool(outgoing.facts))]
@@ -166,8 +170,7 @@ def _told(outgoing: Outgoing, out: Path) -> _Layout:
 
 
 def _plain(outgoing: Outgoing, out: Path) -> _Layout:
-    """latents_R as bytes for float16 [C, R/8, R/8], else arrays of any shape; the key, and the label if there are any.
-    """
+    """latents_R as bytes for float16 [C, R/8, R/8], else arrays of any shape; the key, and the label if there are any."""
     if any(shape[0] != 1 for shape in outgoing.shapes):
         raise ValueError(
             f"{out}: expected rows of one view, got F = 2: the format has no place for mirror images; encode without "

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastlatent.store.files import TEMPORARY, inside, write_all
+from fastlatent.store.files import TEMPORARY, write_all
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,12 @@ class Outgoing:
 
 def target(out: Path, relative: str) -> Path:
     """`out / relative`; ValueError where a key would lead outside, or no file can have that name."""
-    if len(os.fsencode(relative.rpartition("/")[2])) > 255 - 45:  # room for a temporary file's name
+    parts = relative.split("/")
+    if "" in parts or "." in parts or ".." in parts or "\0" in relative:
+        raise ValueError(f"{out}: expected a name that stays inside a folder, got {relative!r:.300}")
+    if len(os.fsencode(parts[-1])) > 255 - 45:  # room for a temporary file's name
         raise ValueError(f"{out}: expected a file name of at most 210 bytes, got {relative!r:.300}")
-    return inside(out, relative, str(out))
+    return out / relative
 
 
 def put(path: Path, data: bytes) -> None:

@@ -41,6 +41,13 @@ NAMES = ("latent", "latents", "moments")  # of the one array that counts in a di
 # How a file of torch.save begins before torch 1.6: a pickle of this number.
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"
 
+# What weights_only calls with any number or text, and what of it makes 17 GB of 40 bytes: bytearray(17 << 30), or 30
+# times encode(…, "hex"). Numpy's arrays need encode(…, "latin1").
+_GROWING = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
+_ENCODE = b"c_codecs\nencode\n"
+_CODEC = re.compile(rb"(?is)(?:X.\0\0\0|U.|\x8c.)[ _-]*(?:hex|base|quopri|quoted|uu|bz|zip|zlib)")
+
+_CORES = ("core", "_core")  # of numpy 1 and 2
 _SAFE_GLOBALS = threading.Lock()  # torch keeps the names that weights_only allows for the whole process
 
 _BFLOAT16_BITS = (np.dtype("<u2"), np.dtype("<i2"))  # bfloat16 through a view, as torch's users save it
@@ -88,6 +95,7 @@ def _pt_storages(data: Buffer, checked: bool = True) -> tuple[set[int] | None, b
     torch.load compares no checksums, and only newer ones compare a storage's size in the pickle with its record.
     """
     if bytes(data[: len(_LEGACY)]) == _LEGACY:
+        _check_pickle(bytes(data))
         return None, True
     advice = "expected a file of torch.save (a zip archive)"
     if data[:2] != b"PK":
@@ -108,12 +116,22 @@ def _pt_storages(data: Buffer, checked: bool = True) -> tuple[set[int] | None, b
         if "/data/" in name:
             sizes.add(size)
         elif name.endswith(".pkl"):
-            numpy = b"numpy" in bytes(content)
+            numpy |= _check_pickle(bytes(content))
         elif name.endswith("/byteorder"):
             order = bytes(content[:8])
     if order != b"little":
         raise DamagedArrays(f"expected little-endian tensors, got byte order {order!r}")
     return sizes, numpy
+
+
+def _check_pickle(pickle: bytes) -> bool:
+    """Whether a pickle may ask for numpy's classes; DamagedArrays where loading it may take any amount of memory."""
+    if _GROWING.search(pickle) or (_ENCODE in pickle and _CODEC.search(pickle)):
+        raise DamagedArrays(
+            "expected tensors, got a pickle that makes bytes, which is never loaded; save the tensor alone: "
+            "torch.save(latents.cpu(), path)"
+        )
+    return b"numpy" in pickle
 
 
 def _load(source: Any, numpy: bool, mmap: bool = False) -> Any:
@@ -138,12 +156,23 @@ def _load(source: Any, numpy: bool, mmap: bool = False) -> Any:
         raise DamagedArrays(f"expected tensors, got {what}; {advice}") from None
 
 
+class _Ndarray:
+    """Stands for numpy.ndarray in a pickle, which may name it but not call it with a size."""
+
+
+def _reconstruct(kind: type, shape: tuple[int, ...], code: object) -> np.ndarray:
+    """numpy's function of this name with the arguments that numpy itself gives it: the values come with BUILD."""
+    if kind is not _Ndarray or shape != (0,):
+        raise ValueError(f"expected numpy's own way to write an array, got {kind} {shape}")
+    return np.empty(0, "b")
+
+
 @functools.cache
 def _numpy_classes() -> list[Any]:
     """What the safe unpickler must know to build arrays of numbers, under the names that numpy 1 and 2 give it."""
-    reconstruct = np.empty(0).__reduce__()[0]
-    classes = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "efdhHilqILQbB?"}]
-    return classes + [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    names = [(_Ndarray, "numpy.ndarray"), *((_reconstruct, f"numpy.{one}.multiarray._reconstruct") for one in _CORES)]
+    # BUILD wants to know the class; no pickle can write this name.
+    return [*names, (np.ndarray, "\n"), np.dtype, *{type(np.dtype(code)) for code in "efdhHilqILQbB?"}]
 
 
 def _checked_pt(loaded: Any, sizes: set[int] | None, length: int) -> Any:

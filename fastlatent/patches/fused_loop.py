@@ -42,15 +42,16 @@ class FusedLoop:
             known[noise.dtype] = head, self.embed(schedule.timesteps.to(noise.device, noise.dtype))
         half = len(noise) // 2
         step_noise = schedule.noise(len(noise), noise.shape[1], noise)
-        tokens = head.sample(
-            condition[:half],
-            solver=schedule.table,
-            null_cond=condition[half:],
-            guidance_scale=guidance_scale,
-            noise=noise[:half],
-            step_noise=None if step_noise is None else step_noise[:, :half],
-            t_embedding=known[noise.dtype][1],
-        )
+        with torch.autocast(noise.device.type, enabled=False):  # the op's dtype is the weights'
+            tokens = head.sample(
+                condition[:half],
+                solver=schedule.table,
+                null_cond=condition[half:],
+                guidance_scale=guidance_scale,
+                noise=noise[:half],
+                step_noise=None if step_noise is None else step_noise[:, :half],
+                t_embedding=known[noise.dtype][1],
+            )
         return tokens.to(noise.dtype)
 
 

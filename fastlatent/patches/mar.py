@@ -107,6 +107,8 @@ def adaln_mlp_mismatch(net: nn.Module) -> str:
         if type(norm) is not nn.LayerNorm or norm.eps != NORM_EPS or norm.elementwise_affine != affine:
             kind = "an affine" if affine else "a plain"
             return f"expected net.{path} to be {kind} LayerNorm with eps {NORM_EPS:g}, got {norm}"
+    if any(parameter.is_meta for parameter in net.parameters()):
+        return "expected the weights of net in memory, got them on meta: load the head without offloading"
     return ""
 
 
@@ -116,7 +118,7 @@ class CastHead:
     A model with float32 weights under autocast keeps two folded heads, one in each dtype. float64 is never cast.
 
     Args:
-        net: a SimpleMLPAdaLN.
+        owner: has the SimpleMLPAdaLN as `net`, and may be given another one.
         family: of `fastlatent.heads.spec.FAMILIES`.
         times: two times as the network is given them.
 
@@ -124,13 +126,15 @@ class CastHead:
         ValueError: the weights are not those of a head of this family, or `net` computes something else with them.
     """
 
-    def __init__(self, net: Any, family: str, times: Tensor) -> None:
-        self._net, self._family = net, family
-        self._live = LiveHead(net, family)
-        self._prove(times)
-        self._cast: tuple[DiffusionHead, DiffusionHead] | None = None  # the live head, and it in autocast's dtype
+    _cast: tuple[DiffusionHead, DiffusionHead] | None  # the live head, and it in autocast's dtype
+
+    def __init__(self, owner: Any, family: str, times: Tensor) -> None:
+        self._owner, self._family, self._times = owner, family, times
+        self._adopt()
 
     def get(self) -> DiffusionHead:
+        if self._owner.net is not self._net:
+            self._adopt()
         head = self._live.get()
         own, kind = head.weights.dtype, head.weights.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
@@ -140,23 +144,31 @@ class CastHead:
             self._cast = head, DiffusionHead.from_state_dict(self._net.state_dict(), self._family, dtype=dtype)
         return self._cast[1]
 
-    def _prove(self, times: Tensor) -> None:
+    def _adopt(self) -> None:
+        if wrong := adaln_mlp_mismatch(self._owner.net):
+            raise ValueError(f"patch: {wrong}")
+        live = LiveHead(self._owner.net, self._family)
+        self._prove(self._owner.net, live.get())
+        self._net, self._live = self._owner.net, live
+        self._cast = None
+
+    def _prove(self, net: Any, head: DiffusionHead) -> None:
         """One evaluation against the module's, not under torch.compile (NextStep's decorator keeps `original`)."""
-        if not self._net.final_layer.linear.weight.any():
+        if not net.final_layer.linear.weight.any():
             return  # not trained yet: zeros, whatever the modules are
-        weight, head, generator = self._net.input_proj.weight, self._live.get(), torch.Generator().manual_seed(0)
+        weight, generator = net.input_proj.weight, torch.Generator().manual_seed(0)
         sizes = head.spec.channels, head.spec.condition_channels
         x, c = (torch.randn(2, size, generator=generator).to(weight) for size in sizes)
-        original = getattr(self._net.forward, "original", None)
-        forward = self._net if original is None else functools.partial(original, self._net)
-        times = times.to(weight) if times.is_floating_point() else times.to(weight.device)
+        times = self._times.to(weight if self._times.is_floating_point() else weight.device)
+        original = getattr(net.forward, "original", None)
+        forward = net if original is None else functools.partial(original, net)
         with torch.autocast(weight.device.type, enabled=False):
             prove(lambda: forward(x, times, c), lambda: head(x, times, c), weight, "net")
 
 
 def sampler(loss: Any) -> Callable[..., Tensor]:
     """What takes the place of DiffLoss.sample."""
-    cast = CastHead(loss.net, "mar", torch.tensor([3, 700]))
+    cast = CastHead(loss, "mar", torch.tensor([3, 700]))
 
     def sample(z: Tensor, temperature: float = 1.0, cfg: float = 1.0) -> Tensor:
         head, scale = cast.get(), float(cfg)

@@ -52,7 +52,7 @@ def apply(model: Any, handle: PatchHandle) -> None:
         ValueError: its weights are not those of NextStep's head.
     """
     [(path, head)] = _found(model).items()
-    cast = CastHead(head.net, "nextstep", torch.tensor([0.03, 0.7]))
+    cast = CastHead(head, "nextstep", torch.tensor([0.03, 0.7]))
     handle.replace(head, "sample", RELEASES[_arguments(head)](cast), path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +95,7 @@ def learn(scheduler: Any, loop: Loop, shape: tuple[int, ...], device: torch.devi
         try:
             table = _table(scheduler, len(asked))
         except ValueError as error:
-            raise ValueError(f"{error}; or undo the patch, and the model samples with this scheduler itself") from None
+            raise ValueError(f"{error}; or undo the patch: the model itself samples with any scheduler") from None
         schedule = Schedule(table, torch.stack(asked), _draws(scheduler, torch.stack(asked)))
         again()
         noise = schedule.noise(2, math.prod(shape), start)
@@ -139,6 +139,8 @@ def _table(scheduler: Any, steps: int) -> SolverTable:
         rows = new_rows(t)
         rows[:, P], rows[:, Q], rows[:, A], rows[:, E] = 1.0, -t, 1.0, shifted(t, 0.0) - t
         return SolverTable(rows, t, f"euler, flow, {steps} steps")
+    if name in CONVERTERS and not isinstance(getattr(scheduler, "config", None), Mapping):
+        raise ValueError(f"patch: expected a {name} with its options in `config`, as diffusers keeps them, got none")
     return SolverTable.from_diffusers(scheduler, steps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -98,6 +99,8 @@ class _Loop(FusedLoop):
         self._model, self._layout = model, layout
         self._module = getattr(model.model, layout.head)
         self._live = LiveHead(self._module, "vibevoice")
+        # The published default; it differs between copies of the class.
+        self._cfg_scale = inspect.signature(getattr(model, layout.method)).parameters[layout.parameters[-1]].default
         # Per scheduler and number of steps: what its config held, and what was learnt.
         self._schedules: WeakKeyDictionary[Any, dict[int, tuple[list[object], Schedule]]] = WeakKeyDictionary()
 
@@ -115,8 +118,9 @@ class _Loop(FusedLoop):
         )
         return latent.unsqueeze(1)
 
-    def original(self, condition: Tensor, neg_condition: Tensor, cfg_scale: float = 3.0) -> Tensor:
+    def original(self, condition: Tensor, neg_condition: Tensor, cfg_scale: float | None = None) -> Tensor:
         """[B, H] twice → latents [B, C]; no gradients."""
+        cfg_scale = self._cfg_scale if cfg_scale is None else cfg_scale
         scheduler, steps = self._model.model.noise_scheduler, self._model.ddpm_inference_steps
         return self._sample(condition, neg_condition, scheduler, steps, cfg_scale)
 
@@ -140,7 +144,8 @@ class _Loop(FusedLoop):
 
     def _schedule(self, scheduler: Any, steps: int, channels: int, device: torch.device) -> Schedule:
         # set_shift of the flow scheduler is not in its config.
-        holds = [type(scheduler), getattr(scheduler, "shift", None), *dict(scheduler.config).values()]
+        config = getattr(scheduler, "config", None)
+        holds = [getattr(scheduler, "shift", None), *(config.values() if isinstance(config, Mapping) else ())]
         known = self._schedules.setdefault(scheduler, {})
         seen = known.get(steps)
         if seen is None or len(seen[0]) != len(holds) or any(a is not b for a, b in zip(seen[0], holds, strict=True)):

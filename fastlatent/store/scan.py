@@ -14,6 +14,7 @@ from fastlatent.store.records import encode_key
 
 HASH_THREADS = 8  # reading many small files waits for the disk, not for the processor
 HASH_BLOCK = 4096  # files between two progress calls
+HASH_CHUNK = 32  # files that a thread reads in a row: to hand over a single one takes as long as to read 100 KB
 Pair = tuple[bytes, str]  # a key's bytes and its file's digest
 Known = tuple[int, int, str, int]  # what a file was when it was last read: size, mtime_ns, digest, bucket (-1: unknown)
 
@@ -111,12 +112,20 @@ def scan(
             found.append(None)
     unread = [i for i, one in enumerate(found) if one is None]
     read = examine or (lambda entry: (hash_file(entry), entry.bucket))
+
+    def read_chunk(chunk: list[int]) -> list[tuple[str, int] | None]:
+        return [read(entries[i][1]) for i in chunk]
+
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         for start in range(0, len(unread), HASH_BLOCK):
             block = unread[start : start + HASH_BLOCK]
-            for i, told in zip(block, pool.map(read, [entries[i][1] for i in block]), strict=True):
-                if told is not None:
-                    found[i] = Scanned(entries[i][0], _in_bucket(entries[i][1], told[1]), told[0])
+            # Of a few files each thread has one.
+            size = min(HASH_CHUNK, -(-len(block) // HASH_THREADS))
+            chunks = [block[k : k + size] for k in range(0, len(block), size)]
+            for chunk, told in zip(chunks, pool.map(read_chunk, chunks), strict=True):
+                for i, one in zip(chunk, told, strict=True):
+                    if one is not None:
+                        found[i] = Scanned(entries[i][0], _in_bucket(entries[i][1], one[1]), one[0])
             if on_progress is not None:
                 on_progress(start + len(block), len(unread))
     scanned = [one for one in found if one is not None]

@@ -71,7 +71,8 @@ def _outgoing(dataset: Dataset, config: ConvertConfig, format: Any) -> Outgoing:
     converted: Mapping[str, Any] = dataset.provenance["hashed"].get("converted", {})
     same = converted.get("format") == config.to
     stored = dataset.buckets[0].dtype
-    dtype = FLAGS.get(config.dtype) or (converted["dtype"] if same else "F32" if stored == "I8" else stored)
+    written = getattr(format, "DTYPE", "F32" if stored == "I8" else stored)
+    dtype = FLAGS.get(config.dtype) or (converted["dtype"] if same else written)
     channels = dataset.buckets[0].channels
     if same and config.scaling_factor == "auto":
         scaling = Scaling.recorded(converted["scaling"])
@@ -200,7 +201,7 @@ def _check(outgoing: Outgoing, out: Path, config: ConvertConfig, format: Any) ->
             found = to_float64(cache.row(item, cache.content(item)).values, cache.dtype)
             values = to_float64(wanted.values, outgoing.dtype)
             rounding = getattr(format, "ROUNDING", 0.0)
-            if found.shape != values.shape or not np.allclose(found, values, rtol=rounding, atol=0):
+            if found.shape != values.shape or not np.allclose(found, values, rtol=rounding, atol=rounding):
                 raise ValueError(f"{item.place}: row {wanted.key!r} reads otherwise than it was written")
     finally:
         cache.close()

@@ -52,8 +52,8 @@ def make(root, files):
     return root
 
 
-def make_zip(path, files, method=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", method) as archive:
+def make_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
         for name, data in files.items():
             archive.writestr(name, data)
     return path
@@ -188,8 +188,6 @@ def test_hostile_zip_files(tmp_path):
     files = contents(4, first=0)
     good = make_zip(tmp_path / "good.zip", files).read_bytes()
     path = tmp_path / "bad.zip"
-    packed = opened(make_zip(path, {**files}, zipfile.ZIP_STORED))
-    assert len(packed.items) == 4
     with zipfile.ZipFile(path, "w") as archive:  # one member compressed, one twice, one that leads out, one huge
         for name, data in files.items():
             archive.writestr(name, data, zipfile.ZIP_DEFLATED if name == name_of(1) else zipfile.ZIP_STORED)
@@ -197,21 +195,20 @@ def test_hostile_zip_files(tmp_path):
             archive.writestr(name_of(2), files[name_of(3)])
         archive.writestr("../" + name_of(5), files[name_of(3)])
         archive.writestr(name_of(6), bytes(100_000))
-    with pytest.raises(ValueError, match=r"got several: \. \(\d files\), \.\./"):
-        bad = opened(path)
-        raise ValueError(f"got several: . ({len(bad.items)} files), ../ {bad.left_out}")  # either refusal names it
-    reasons = {place.rpartition("/")[2]: why for place, why in opened(path).left_out.items()}
+    cache = opened(path)
+    reasons = {place.rpartition("/")[2]: why for place, why in cache.left_out.items()}
     assert "2 members of this name" in reasons["img-mean-std-00000002.npy"]
     assert "leads out" in reasons["img-mean-std-00000005.npy"]
     assert "got 100,000" in reasons["img-mean-std-00000006.npy"]
-    items = {item.key: item for item in opened(path).items}
+    items = {item.key: item for item in cache.items}
+    assert sorted(items) == [name_of(0), name_of(1), name_of(3)]
     with pytest.raises(DamagedEntry, match="stored as it is, got one compressed"):
-        packed.content(items[name_of(1)])
+        cache.content(items[name_of(1)])
     flipped = bytearray(good)
     flipped[good.find(b"\x93NUMPY") + 200] ^= 1
     path.write_bytes(flipped)
+    cache = opened(path)
     with pytest.raises(DamagedEntry, match="CRC-32"):
-        cache = opened(path)
         cache.content(cache.items[0])
     end = good.rfind(b"PK\5\6")
     for data in (
@@ -228,7 +225,7 @@ def test_hostile_zip_files(tmp_path):
 
 
 def test_zip64(tmp_path, monkeypatch):
-    """Places beyond 4 GiB and 65,535 members stand in other records; here the limits are low, and the records the same."""
+    """Places beyond 4 GiB and more than 65,535 members stand in other records; here these limits are lower."""
     files = contents(4, first=0)
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)

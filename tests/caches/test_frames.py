@@ -130,6 +130,19 @@ def test_round_trip_and_the_project_s_own_loader(tmp_path):
     assert steps == [train_step(source / name, torch.zeros(3, 4)) for name in ("recon/b", "scand/a")]
 
 
+def test_float32_comes_back_within_one_unit_in_the_last_place(tmp_path):
+    latents = make(tmp_path / "source", {"t": 9})
+    run(tmp_path / "source", tmp_path / "dataset")
+    run(tmp_path / "dataset", tmp_path / "back", to="frames")
+    for key, latent in latents.items():
+        back = torch.load(tmp_path / f"back/{key}.pt", weights_only=True)["latent"]
+        assert torch.equal(back, latent) or ((back.view(torch.int32) - latent.view(torch.int32)).abs() <= 1).all()
+    run(tmp_path / "source", tmp_path / "as is", scaling_factor="unknown")
+    run(tmp_path / "as is", tmp_path / "same", to="frames", scaling_factor="unknown")
+    same = {key: torch.load(tmp_path / f"same/{key}.pt", weights_only=True)["latent"] for key in latents}
+    assert all(torch.equal(same[key], latents[key]) for key in latents)
+
+
 def train_step(folder, weight):
     """A navigation model's dataset in three lines, and a step of regression on it."""
     told = pickle.loads((folder / "traj_data.pkl").read_bytes())
@@ -215,7 +228,7 @@ def test_detection(tmp_path):
         claimed = {module.__name__.rpartition(".")[2]: module.claims(files, files.listing()) for module in MODULES}
         assert claimed == {other: len(inside) * (other == name) for other in made}
     files = open_files(tmp_path)
-    with pytest.raises(ValueError, match=r"frames \(2 files\), tokens|tokens \(2 files\)|several|expected one format"):
+    with pytest.raises(ValueError, match="expected one format, got frames"):
         detect(files, files.listing())
 
 

@@ -9,7 +9,6 @@ import math
 from types import SimpleNamespace
 
 import diffusers
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,7 +40,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, hidden, bias=False), nn.SiLU(), nn.Linear(hidden, hidden, bias=False))
 
     def forward(self, t):
-        angle = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
+        angle = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], -1).to(t.dtype))
 
 
@@ -161,9 +160,11 @@ class Transformer(nn.Module):
 
     def sample_with_cfg(self, prev_token, cfg_scale, sample_func):
         half, state, samples = len(prev_token) // 2, {}, []
-        dtype = self.final_layer.linear.weight.dtype
+        weight = self.final_layer.linear.weight
         for i in range(self.flatten_input_size):
-            z = torch.randn(2 * half, self.in_channels, self.patch, self.patch, dtype=dtype)
+            z = torch.randn(
+                2 * half, self.in_channels, self.patch, self.patch, dtype=weight.dtype, device=weight.device
+            )
             given = torch.cat([prev_token, prev_token]) if i else prev_token
             condition = self.forward_recurrent(given, start_pos=i, incremental_state=state)
             network = functools.partial(self.forward_with_cfg, condition=condition, cfg_scale=cfg_scale)
@@ -206,9 +207,9 @@ class LaterTransformer(nn.Module):
         return self.final_layer(hidden_states, conditioning)
 
     def sample_with_cfg(self, labels, cfg_scale, sample_func):
-        prev_token, samples = labels, []
+        prev_token, samples, weight = labels, [], self.final_layer.out_proj.weight
         for i in range(self.seq_len):
-            noise = torch.randn(len(labels), 1, self.in_channels, dtype=self.final_layer.out_proj.weight.dtype)
+            noise = torch.randn(len(labels), 1, self.in_channels, dtype=weight.dtype, device=weight.device)
             conditioning = self.forward_recurrent(torch.cat([prev_token] * 2) if i else prev_token, start_pos=i)
             network = functools.partial(self.forward_with_cfg, conditioning=conditioning, cfg_scale=cfg_scale)
             prev_token, _ = sample_func(network, noise).chunk(2)
@@ -270,21 +271,6 @@ def randomise(module):
             if name.endswith("norm.weight"):
                 parameter += 1
     return module.eval()
-
-
-def in_float64(monkeypatch):
-    """diffusers' DPM-Solver keeps its tables and its state in float32; here in float64."""
-    import diffusers.schedulers.scheduling_dpmsolver_multistep as module
-
-    class Wide:
-        def __init__(self, package):
-            self.package = package
-
-        def __getattr__(self, name):
-            return getattr(self.package, "float64" if name == "float32" else name)
-
-    monkeypatch.setattr(module, "torch", Wide(torch))
-    monkeypatch.setattr(module, "np", Wide(np))
 
 
 def same_noise(monkeypatch, seed):

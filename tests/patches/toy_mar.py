@@ -1,8 +1,8 @@
 """Doubles of MAR and Harmon: their projects' module names, signatures, order of draws and roundings; tiny backbones.
 
-Written down from what LTH14/mar and wusize/Harmon do. `.cuda()` is left out, the backbones are two blocks without
-attention's options, and Harmon has neither tokenizer nor VAE. The published code keeps tables and sinusoids in float32;
-`widen` makes all of it float64.
+Written down from what LTH14/mar and wusize/Harmon do. The head runs on any device (`.cuda()` is `.to(z.device)`), the
+backbones on the CPU: they are a few layers, and Harmon has neither tokenizer nor VAE. The published code keeps tables
+and sinusoids in float32; `widen` makes all of it float64.
 """
 
 import copy
@@ -46,7 +46,7 @@ class SpacedDiffusion:
         self.per_state = (1 - before) * np.sqrt(1 - self.betas) / (1 - bar)
 
     def at(self, table, t, x):
-        return torch.from_numpy(table)[t.cpu()].to(self.tables)[:, None].expand(x.shape)
+        return torch.from_numpy(table).to(x.device)[t].to(self.tables)[:, None].expand(x.shape)
 
     def p_sample_loop(
         self, model, shape, noise=None, clip_denoised=True, model_kwargs=None, progress=False, temperature=1.0
@@ -55,8 +55,9 @@ class SpacedDiffusion:
         x = noise
         with torch.no_grad():
             for i in reversed(range(self.num_timesteps)):
-                t = torch.full((len(x),), i)
-                eps, v = model(x, torch.tensor(self.timestep_map)[t], **model_kwargs).split(x.shape[1], dim=1)
+                t = torch.tensor([i] * len(x), device=x.device)
+                kept = torch.tensor(self.timestep_map, device=x.device)[t]
+                eps, v = model(x, kept, **model_kwargs).split(x.shape[1], dim=1)
                 share = (v + 1) / 2
                 log_variance = share * self.at(np.log(self.betas), t, x) + (1 - share) * self.at(self.low, t, x)
                 start = self.at(self.per_x, t, x) * x - self.at(self.per_eps, t, x) * eps
@@ -95,7 +96,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         half = self.frequency_embedding_size // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=self.tables) / half)
-        angles = t[:, None].to(self.tables) * frequencies
+        angles = t[:, None].to(self.tables) * frequencies.to(t.device)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
@@ -160,10 +161,14 @@ class DiffLoss(nn.Module):
 
     def sample(self, z, temperature=1.0, cfg=1.0):
         if cfg != 1.0:
-            half = torch.randn(z.shape[0] // 2, self.in_channels)
+            half = torch.randn(z.shape[0] // 2, self.in_channels).to(z.device)
             noise, sample_fn, arguments = torch.cat([half, half]), self.net.forward_with_cfg, dict(c=z, cfg_scale=cfg)
         else:
-            noise, sample_fn, arguments = torch.randn(z.shape[0], self.in_channels), self.net.forward, dict(c=z)
+            noise, sample_fn, arguments = (
+                torch.randn(z.shape[0], self.in_channels).to(z.device),
+                self.net.forward,
+                dict(c=z),
+            )
         return self.gen_diffusion.p_sample_loop(
             sample_fn, noise.shape, noise, clip_denoised=False, model_kwargs=arguments, progress=False,
             temperature=temperature,

@@ -129,7 +129,7 @@ class FlowMatchingHeadTraining(Head):
                last_step_size=0.0, noise_repeat=1, sde_solver=False, sde_type="sde", noise_level=0.8):  # fmt: skip
         ways = 1 + (cfg > 1.0) + (cfg_img > 1.0)
         shape = len(c) // ways, self.input_dim
-        x = torch.randn(shape, dtype=c.dtype) if noise is None else noise
+        x = torch.randn(shape, device=c.device, dtype=c.dtype) if noise is None else noise
         times = self.times(1, num_sampling_steps + 1, timesteps_shift)
         for i in range(num_sampling_steps):
             t, u = times[i], times[i + 1]
@@ -137,12 +137,12 @@ class FlowMatchingHeadTraining(Head):
             start, end, left = x - v * t, x + v * (1 - t), 1 - t
             if sde_type == "cps":
                 std = (1 - u) * math.sin(noise_level * math.pi / 2)
-                drawn = torch.randn(shape, dtype=c.dtype)
+                drawn = torch.randn(shape, device=c.device, dtype=c.dtype)
                 x = start * torch.sqrt((1 - u) ** 2 - std**2) + end * u + std * drawn
             elif sde_type == "sde":
                 # times[-2] is a time where left is a noise level: as published.
                 std = torch.sqrt(left / (1 - torch.where(left == 1, times[-2], left))) * noise_level
-                drawn = torch.randn(shape, dtype=c.dtype)
+                drawn = torch.randn(shape, device=c.device, dtype=c.dtype)
                 x = start * (1 - u) + end * u - std**2 * (u - t) / (2 * left) * start + std * torch.sqrt(u - t) * drawn
             else:
                 x = start * (1 - u) + end * u
