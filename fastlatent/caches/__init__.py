@@ -6,8 +6,8 @@ A format's module has
                where that is what a dataset has), "tokens"; empty where nothing is written
     SCALING    (factor, shift) of the values, stored = (raw - shift) * factor; (1, 0) where they are raw; None where
                files do not tell
-    DTYPE      if the format has one dtype only; ROUNDING, if reading does not give what was written bit for bit (both
-               may be left out)
+    DTYPE      if the format has one dtype only; ROUNDING, if reading does not give what was written bit for bit;
+               renamed(key), if a key of another dataset changes (all three may be left out)
     claims(files, found) -> int           how many of the files are of this format; it looks into a few at most
     open_cache(files, found, told) -> Cache      (fastlatent.caches.cache)
     write(outgoing, out) -> Iterator[int]        (fastlatent.caches.outgoing)

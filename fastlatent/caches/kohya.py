@@ -167,6 +167,11 @@ def write(outgoing: Outgoing, out: Path) -> Iterator[int]:
         yield len(numbers)
 
 
+def renamed(key: str) -> str:
+    """The key that a row of another dataset has after its way through this format."""
+    return os.path.splitext(key)[0] + SUFFIX
+
+
 def _own(found: Sequence[Found]) -> list[Found]:
     return [one for one in found if one.path.endswith(SUFFIX) and not one.path.endswith(TEXTS)]
 
@@ -275,7 +280,7 @@ def _packed(arrays: dict[str, np.ndarray]) -> np.ndarray:
 def _place(key: str, again: bool, out: Path) -> tuple[str, str]:
     """The file of a row, and the end "_{h}x{w}" of its arrays' names."""
     if not again:
-        return os.path.splitext(key)[0] + SUFFIX, ""
+        return renamed(key), ""
     match = KEY.fullmatch(key)
     if match is None:
         raise ValueError(f"{out}: expected keys PATH.npz or PATH.npz@HxW, got {key!r:.200}")

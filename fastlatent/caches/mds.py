@@ -170,7 +170,7 @@ def _told(outgoing: Outgoing, out: Path) -> _Layout:
 
 
 def _plain(outgoing: Outgoing, out: Path) -> _Layout:
-    """latents_R as bytes for float16 [C, R/8, R/8], else arrays of any shape; the key, and the label if there are any."""
+    """latents_R as bytes for float16 [C, R/8, R/8], else arrays of any shape; keys, and labels where there are any."""
     if any(shape[0] != 1 for shape in outgoing.shapes):
         raise ValueError(
             f"{out}: expected rows of one view, got F = 2: the format has no place for mirror images; encode without "

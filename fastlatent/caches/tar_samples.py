@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ FLIP = "_flip"
 LOOK_MEMBERS = 64  # of a tar, by `has_latents`
 NAME_OF = {np.dtype("<f2"): "F16", np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 NPY_HEADER = 256  # bytes that hold nearly every header of a .npy
+PT_HEADER = 2048  # and the pickle of a file of torch.save that holds a tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +93,18 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def look(files: Files, found: Found) -> Samples:
-    """Index one archive, reading headers, labels and shapes; the latents of .pt and .npz whole.
+def look(read: Callable[[int, int], bytes], found: Found, gap: int) -> Samples:
+    """Index one archive, reading headers, labels and shapes; other latents than .npy whole, of each kind one.
 
+    Args:
+        read: (offset, size) -> bytes of the archive. gap: as of `Files`.
     Raises:
         OSError: it cannot be read. ValueError: it is compressed.
     """
-    window, tar = Window(partial(files.read_range, found.path), found.size, files.gap), Samples()
+    window, tar = Window(read, found.size, gap), Samples()
     parts: dict[str, dict[str, tuple[int, int]]] = {}
     heads: dict[str, dict[str, bytes]] = {}  # of .npy, .cls and .json members
-    known: dict[bytes, Kind | None] = {}
+    known: dict[bytes, Kind | None] = {}  # by `_alike`
     twice: dict[str, str] = {}
     last = ""
     try:
@@ -142,13 +145,14 @@ def look(files: Files, found: Found) -> Samples:
                 tar.ignored.update(f".{suffix.rpartition('.')[2]}" for suffix in own)
             continue
         suffix, offset, size = place.parts[0]
-        if suffix not in head:
-            kind = _kind_of(suffix, window.read(offset, size))
-        else:
-            text = head[suffix][: 10 + int.from_bytes(head[suffix][8:10], "little")] + suffix.encode()
-            if text not in known:
-                known[text] = _npy_kind(suffix, head[suffix])
-            kind = known[text]
+        begins = head[suffix] if suffix in head else window.read(offset, min(size, PT_HEADER))
+        like = _alike(suffix, begins, size)
+        if like not in known:
+            whole = begins if suffix in head or size <= PT_HEADER else window.read(offset, size)
+            known[like] = _npy_kind(suffix, whole) if suffix in head else _kind_of(suffix, whole)
+        kind = known[like]
+        if not like:
+            del known[like]
         tar.kinds.update([kind] if kind else [])  # damaged ones are found when their rows are read
         tar.pickles.update(f".{one.rpartition('.')[2]}" for one in pickles)
         tar.samples.append((name, place, label))
@@ -220,6 +224,14 @@ def told_by(data: bytes | None) -> dict[str, Any] | None:
         return value if sound and len(value["orig_hw"]) == 2 and len(value["crop"]) == 4 else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _alike(suffix: str, begins: bytes, size: int) -> bytes:
+    """What two members have in common that are of one kind; nothing where that cannot be told from how they begin."""
+    if suffix.endswith("npy"):
+        return begins[: 10 + int.from_bytes(begins[8:10], "little")] + suffix.encode()
+    pickle = begins[: max(0, begins.find(b"PK\3\4", 4))]  # of torch.save: all but the values comes first
+    return b"%d %s %s" % (size, suffix.encode(), pickle) if b"data.pkl" in pickle[:100] else b""
 
 
 def _kind_of(suffix: str, data: bytes) -> Kind | None:

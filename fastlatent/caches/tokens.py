@@ -1,8 +1,8 @@
 """A teacher's tokens: `[<split>/]<video_id>.pt`, a matrix (n, D) in each file, and metadata.json beside them.
 
 n may differ from video to video. metadata.json (a list of ids, or an object with one, called as in IDS) says which
-videos there should be; it came last, so caches that were interrupted have none. `fastlatent.CachedSSv2Dataset` reads a
-dataset at CACHE_DIR/SPLIT, so convert each split by itself into that folder.
+videos there should be; it came last, so caches that were interrupted have none. It does not say which teacher, frames
+or crop it was, so a converted cache is read by LatentDataset; CachedSSv2Dataset asks for the teacher's identity.
 
 Round trip: equal matrices under equal names; ids and counts in metadata.json are those of the rows.
 """

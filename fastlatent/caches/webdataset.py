@@ -71,7 +71,13 @@ def open_cache(files: Files, found: Sequence[Found], told: Told) -> Cache:
             "uncompress it (gunzip, bunzip2, xz -d, zstd -d)"
         )
     seen, left_out, ignored = {}, {}, Counter[str]()
-    for path, looked in zip(tars, read_each(tars, lambda path: look(files, tars[path])), strict=True):
+    ranges = Ranges(files)
+
+    def look_into(path: str) -> Samples:
+        one = tars[path]
+        return look(lambda offset, size: ranges.read(one, offset, min(size, one.size - offset)), one, files.gap)
+
+    for path, looked in zip(tars, read_each(tars, look_into), strict=True):
         if isinstance(looked, Exception):
             left_out[files.place(path)] = str(getattr(looked, "strerror", None) or looked)
             continue
@@ -95,7 +101,6 @@ def open_cache(files: Files, found: Sequence[Found], told: Told) -> Cache:
         if any(ours):
             remarks.append("some samples are not fastlatent's: what it has written beside the others is not used")
     extra = kind.name or any(len(item.at.parts) > 1 + item.at.flip for item in items)
-    ranges = Ranges(files)
     return Cache(
         items=items,
         payload=kind.payload,

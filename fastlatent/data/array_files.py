@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import re
 import threading
 import zlib
@@ -41,12 +42,11 @@ NAMES = ("latent", "latents", "moments")  # of the one array that counts in a di
 # How a file of torch.save begins before torch 1.6: a pickle of this number.
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"
 
-# What weights_only calls with any number or text, and what of it makes 17 GB of 40 bytes: bytearray(17 << 30), or 30
-# times encode(…, "hex"). Numpy's arrays need encode(…, "latin1").
-_GROWING = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
-_ENCODE = b"c_codecs\nencode\n"
-_CODEC = re.compile(rb"(?is)(?:X.\0\0\0|U.|\x8c.)[ _-]*(?:hex|base|quopri|quoted|uu|bz|zip|zlib)")
-
+# What weights_only calls with any number or text: bytearray(17 << 30) takes 17 GB and has 40 bytes in a file; so has
+# encode(…, "hex") within another, 30 deep. Nobody needs the one; bytes and numpy's arrays need encode(…, "latin1"),
+# which is put in the other's place: a name as long, so that no byte moves.
+_BYTEARRAYS = (b"cbuiltins\nbytearray\n", b"c__builtin__\nbytearray\n")
+_ENCODE, _LATIN1 = b"c_codecs\nencode\n", b"c_latin1\nencode\n"
 _CORES = ("core", "_core")  # of numpy 1 and 2
 _SAFE_GLOBALS = threading.Lock()  # torch keeps the names that weights_only allows for the whole process
 
@@ -71,36 +71,35 @@ def read_pt(data: Buffer) -> Any:
     """
     if data[:2] == GZIP:
         data = gunzip(data)
-    sizes, numpy = _pt_storages(data)
-    return _checked_pt(_load(io.BytesIO(data), numpy), sizes, len(data))
+    sizes, special = _pt_storages(data)
+    return _checked_pt(_load(data, special), sizes, len(data))
 
 
 def map_pt(path: Path) -> Any:
-    """As `read_pt`, of a file: values stay there until they are looked at, and their checksums are not compared."""
+    """As `read_pt`, of a file: tensors stay there until they are looked at, and their checksums are not compared."""
     import mmap
 
     with open(path, "rb") as file:
-        start = file.read(len(_LEGACY))
-        if not start:
+        if not os.fstat(file.fileno()).st_size:
             raise DamagedArrays("expected a file of torch.save, got an empty one; make it again")
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    sizes, numpy = _pt_storages(data, checked=False)
-    return _checked_pt(_load(path, numpy, mmap=not start.startswith(_LEGACY)), sizes, len(data))
+    sizes, special = _pt_storages(data, checked=False)
+    return _checked_pt(_load(data if special else path, special), sizes, len(data))
 
 
 def _pt_storages(data: Buffer, checked: bool = True) -> tuple[set[int] | None, bool]:
     """Sizes of the storages in a file of torch.save, None where they are not listed (before torch 1.6); and whether its
-    pickle may ask for numpy's classes.
+    pickle may ask for numpy's classes or bytes.
 
     torch.load compares no checksums, and only newer ones compare a storage's size in the pickle with its record.
     """
     if bytes(data[: len(_LEGACY)]) == _LEGACY:
-        _check_pickle(bytes(data))
+        _is_special(bytes(data))
         return None, True
     advice = "expected a file of torch.save (a zip archive)"
     if data[:2] != b"PK":
         raise DamagedArrays(f"{advice}, got one that starts with {bytes(data[:8])!r}; make it again")
-    view, order, numpy = memoryview(data), b"little", False
+    view, order, special = memoryview(data), b"little", False
     try:
         members = zip_members(view)
     except DamagedArrays as error:
@@ -116,35 +115,39 @@ def _pt_storages(data: Buffer, checked: bool = True) -> tuple[set[int] | None, b
         if "/data/" in name:
             sizes.add(size)
         elif name.endswith(".pkl"):
-            numpy |= _check_pickle(bytes(content))
+            special |= _is_special(bytes(content))
         elif name.endswith("/byteorder"):
             order = bytes(content[:8])
     if order != b"little":
         raise DamagedArrays(f"expected little-endian tensors, got byte order {order!r}")
-    return sizes, numpy
+    return sizes, special
 
 
-def _check_pickle(pickle: bytes) -> bool:
-    """Whether a pickle may ask for numpy's classes; DamagedArrays where loading it may take any amount of memory."""
-    if _GROWING.search(pickle) or (_ENCODE in pickle and _CODEC.search(pickle)):
+def _is_special(pickle: bytes) -> bool:
+    """Whether a pickle may ask for numpy's classes or bytes; DamagedArrays where it asks for any amount of memory."""
+    if any(one in pickle for one in _BYTEARRAYS):
         raise DamagedArrays(
-            "expected tensors, got a pickle that makes bytes, which is never loaded; save the tensor alone: "
+            "expected tensors, got a pickle that needs bytearray, which is never loaded; save the tensor alone: "
             "torch.save(latents.cpu(), path)"
         )
-    return b"numpy" in pickle
+    return b"numpy" in pickle or _ENCODE in pickle
 
 
-def _load(source: Any, numpy: bool, mmap: bool = False) -> Any:
+def _load(source: Buffer | Path, special: bool) -> Any:
+    mapped = isinstance(source, Path)
     try:
-        if not numpy:  # nobody waits for the lock
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        if not special:  # nobody waits for the lock
+            file = source if isinstance(source, Path) else io.BytesIO(source)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        assert not isinstance(source, Path)
+        file = io.BytesIO(bytes(source).replace(_ENCODE, _LATIN1))
         with _SAFE_GLOBALS, torch.serialization.safe_globals(_numpy_classes()):
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     # Damaged pickles come out as UnpicklingError, RuntimeError, KeyError, IndexError, AssertionError, TypeError …
     except Exception as error:
-        said = str(error)
+        said = str(error) or type(error).__name__
         advice = "save the tensor alone: torch.save(latents.cpu(), path)"
         if refused := re.search(r"GLOBAL (\w+(?:\.\w+)*)", said):
             what = f"a pickle that needs {refused[1]}, which is never loaded, since it could run any code"
@@ -167,11 +170,21 @@ def _reconstruct(kind: type, shape: tuple[int, ...], code: object) -> np.ndarray
     return np.empty(0, "b")
 
 
+def _encode(text: str, codec: str) -> bytes:
+    if codec != "latin1":
+        raise ValueError(f"expected latin1, as pickle writes bytes, got {codec!r:.40}")
+    return text.encode(codec)
+
+
 @functools.cache
 def _numpy_classes() -> list[Any]:
     """What the safe unpickler must know to build arrays of numbers, under the names that numpy 1 and 2 give it."""
-    names = [(_Ndarray, "numpy.ndarray"), *((_reconstruct, f"numpy.{one}.multiarray._reconstruct") for one in _CORES)]
+    names: list[Any] = [
+        (_Ndarray, "numpy.ndarray"),
+        *((_reconstruct, f"numpy.{one}.multiarray._reconstruct") for one in _CORES),
+    ]
     # BUILD wants to know the class; no pickle can write this name.
+    names.append((_encode, "_latin1.encode"))
     return [*names, (np.ndarray, "\n"), np.dtype, *{type(np.dtype(code)) for code in "efdhHilqILQbB?"}]
 
 

@@ -195,9 +195,11 @@ def _check(outgoing: Outgoing, out: Path, config: ConvertConfig, format: Any) ->
             raise ValueError(f"{out}: expected {outgoing.count} rows, {len(cache.items)} can be read again")
         chosen = np.random.default_rng(0).permutation(outgoing.count)[: config.check].tolist()
         by_key = {item.key: item for item in cache.items}
+        renamed = getattr(format, "renamed", str)
         for i in sorted(chosen):
             wanted = outgoing.row(i)
-            item = by_key.get(wanted.key) or cache.items[i]  # a format that numbers its rows keeps their order
+            # A format that numbers its rows keeps their order.
+            item = by_key.get(wanted.key) or by_key.get(renamed(wanted.key)) or cache.items[i]
             found = to_float64(cache.row(item, cache.content(item)).values, cache.dtype)
             values = to_float64(wanted.values, outgoing.dtype)
             rounding = getattr(format, "ROUNDING", 0.0)

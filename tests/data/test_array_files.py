@@ -108,7 +108,7 @@ def test_zip64(monkeypatch):
 
 
 def test_pt_is_what_torch_saves(tmp_path):
-    value = {"a": torch.ones(3).bfloat16(), "n": VALUES, "l": [1, (2.5, None, "☃")], "t": torch.zeros(0)}
+    value = {"a": torch.ones(3).bfloat16(), "n": VALUES, "l": [1, (2.5, None, "☃"), b"\xff\0x"], "t": torch.zeros(0)}
     for legacy in (False, True):
         (tmp_path / "x.pt").write_bytes(torch_saved(value, _use_new_zipfile_serialization=not legacy))
         data = (tmp_path / "x.pt").read_bytes()
@@ -307,6 +307,38 @@ def test_what_a_pt_may_not_hold(tmp_path):
     loop: list = [torch.ones(1)]
     loop.append(loop)
     assert len(read_pt(torch_saved(loop))) == 2
+
+
+def pickled(code: bytes) -> bytes:
+    """A file of torch.save with this pickle."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(WHOLE["pt"])) as old, zipfile.ZipFile(stream, "w") as new:
+        for record in old.infolist():
+            new.writestr(record.filename, code if record.filename.endswith(".pkl") else old.read(record))
+    return stream.getvalue()
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x08" + value.to_bytes(8, "little")
+
+
+def test_pickles_that_weights_only_would_let_allocate():
+    encode = b"c_codecs\nencode\n"
+    doubled = encode + b"X\1\0\0\0aX\6\0\0\0latin1\x86R"
+    for _ in range(30):  # each makes twice as many bytes
+        doubled = encode + doubled + b"X\3\0\0\0hex\x86R"
+    array = b"cnumpy\nndarray\n"
+    refused(read_pt, pickled(b"\x80\2" + doubled + b"."), "expected latin1, as pickle writes bytes, got 'hex'")
+    for module in (b"builtins", b"__builtin__"):
+        code = b"\x80\2c" + module + b"\nbytearray\n" + number(17 << 30) + b"\x85R."
+        refused(read_pt, pickled(code), "a pickle that needs bytearray, which is never loaded")
+    for code in (
+        array + number(1 << 30) + b"\x85\x85R.",
+        array + number(1 << 30) + b"\x85\x81.",
+        b"cnumpy.core.multiarray\n_reconstruct\n" + array + number(1 << 30) + b"\x85X\2\0\0\0f8\x87R.",
+    ):
+        refused(read_pt, pickled(b"\x80\2" + code), "numpy's own way to write an array|takes no arguments|torch.load")
+    refused(read_pt, pickled(b"\x80\2X\xff\xff\xff\x7fabc."), "expected tensors, got what torch.load calls .")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

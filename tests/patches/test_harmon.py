@@ -46,7 +46,7 @@ def test_bfloat16_tokens_are_as_near_to_float64_as_the_originals(monkeypatch):
     noise_as_float32(monkeypatch)
     model = make(torch.bfloat16, diffloss_w=64, num_sampling_steps="20")
     wide, ours, theirs = toy_mar.widen(model), [], []
-    for seed in range(4):
+    for seed in range(3):
         exact, plain = script(wide, seed=seed), script(model, seed=seed)
         with patch(model):
             fused = script(model, seed=seed)

@@ -92,6 +92,7 @@ def test_weights_are_followed():
             loss.net.res_blocks[1].mlp[0].weight.mul_(1.5)
         second, _ = run(loss, z, cfg=2.0)
         loss.load_state_dict(toy_mar.randomise(copy.deepcopy(loss), seed=5).state_dict())
+        loss.net = copy.deepcopy(loss.net)  # as EMA weights are put in its place
         third, _ = run(loss, z, cfg=2.0)
     theirs, _ = run(loss, z, cfg=2.0)
     assert error(second, first) > 1e-3 and error(third[:2], theirs[:2]) < 1e-9

@@ -1,5 +1,5 @@
-"""The README's commands of "Encode anything", "Encode videos", "Train anything" and "Decode anything", as they stand
-there but for the sizes, on data with the same layouts."""
+"""The README's commands of "Encode anything", "Encode videos", "Bring your caches", "Train anything" and "Decode
+anything", as they stand there but for the sizes, on data with the same layouts."""
 
 import json
 import pickle
@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from tiny_teachers import write_teacher
 from tiny_video_models import make_vae
 from toy_experiment import make_experiment
+from toy_mar_cache import make_mar
 from toy_ssv2 import make_ssv2
 from toy_videos import make_video
 
+import fastlatent.caches.formats
 from fastlatent.encoders.video_kinds import VIDEO_KINDS
 from fastlatent.pipeline.checkpoints import checkpoints
 from fastlatent.store.reader import Dataset
@@ -159,6 +161,28 @@ def test_a_loop_over_the_cache(cached, monkeypatch):
     assert (len(batch["ids"]), len(dataset.missing)) == (3, 1)
     assert batch["tokens"].shape[:2] == batch["masked"].shape
     assert batch["clip"].shape == (3, 4, 64, 64, 3)
+
+
+CACHES = "Bring your caches"
+
+
+def test_caches(chain, place, tmp_path, monkeypatch):
+    make_mar(tmp_path / "imagenet_cached", classes=2, count=4)
+    shutil.copytree(place / "vae", tmp_path / "sd-vae-ft-ema")
+    monkeypatch.chdir(tmp_path)
+    lines = readme_commands(CACHES)
+    assert [line.split()[1] for line in lines] == ["convert"] * 4 + ["push", "pull"]
+    for line in lines[:4]:
+        chain.ok("", *shlex.split(line, comments=True)[1:])
+    assert Dataset.open(tmp_path / "latents" / "half").buckets[0].dtype == "F16"
+    originals = sorted((tmp_path / "imagenet_cached").rglob("*.npz"))
+    for path in originals:
+        again = tmp_path / "imagenet_again" / path.relative_to(tmp_path / "imagenet_cached")
+        with np.load(path) as one, np.load(again) as other:
+            assert all(np.array_equal(one[name], other[name]) for name in ("moments", "moments_flip"))
+    assert len(originals) == 8 and [path.name for path in (tmp_path / "tars").glob("*.tar")] == ["shard-000000.tar"]
+    for name in (*fastlatent.caches.formats.FORMATS, "datasets"):
+        assert f"| {name} " in section(CACHES)
 
 
 @pytest.fixture(scope="module")
