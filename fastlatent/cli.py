@@ -40,6 +40,8 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "merge": (config.MergeConfig, "maintain", "merge"),
     "split": (config.SplitConfig, "maintain", "split"),
     "filter": (config.FilterConfig, "maintain", "filter"),
+    "push": (config.PushConfig, "hub", "push"),
+    "pull": (config.PullConfig, "hub", "pull"),
     "doctor": (config.DoctorConfig, "doctor", "doctor"),
 }
 # command -> what must stand in the environment before torch loads OpenMP, unless the user says otherwise. Threads that

@@ -84,7 +84,7 @@ def test_kernels_is_not_a_package():
 # Packages that only one kind of source or file, or one setting, needs are imported when that comes.
 OPTIONAL = (
     "pyarrow", "fsspec", "imagecodecs", "OpenEXR", "tifffile", "av", "ray", "transformers", "nvidia", "onnx",
-    "tensorrt", "torchcodec",
+    "tensorrt", "torchcodec", "huggingface_hub", "datasets", "webdataset", "streaming",
 )  # fmt: skip
 # Imported themselves when their decoder is chosen.
 WHOLE = {

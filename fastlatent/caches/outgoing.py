@@ -42,6 +42,8 @@ class Outgoing:
         classes: names; a label is an index into them.
         shapes: of rows [F, ...].
         mean, std: float64 [C], of latents in the outgoing scale.
+        scaling: (factor, shift) of the values, stored = (raw - shift) * factor; None where channels differ, or nobody
+            knows.
         facts, notes: of the cache of the same format that the dataset was converted from; else empty.
         rows_per_shard: for formats of many rows a file.
     """
@@ -57,6 +59,7 @@ class Outgoing:
     facts: Mapping[str, Any]
     notes: Mapping[str, Any]
     rows_per_shard: int
+    scaling: tuple[float, float] | None = (1.0, 0.0)
 
 
 def target(out: Path, relative: str) -> Path:

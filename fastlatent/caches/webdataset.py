@@ -299,7 +299,6 @@ def _ours(outgoing: Outgoing, row: OutRow) -> Iterator[tuple[str, bytes]]:
         yield f"{sample}.{outgoing.payload}{flip}.{kind}", _member(kind, {"": values}, outgoing.dtype)
     if row.label >= 0:
         yield f"{sample}.cls", str(row.label).encode()
-    scaling = getattr(outgoing, "scaling", WRITES)
     told = {
         "crop": list(row.crop),
         "format": OURS,
@@ -308,7 +307,7 @@ def _ours(outgoing: Outgoing, row: OutRow) -> Iterator[tuple[str, bytes]]:
         "label": outgoing.classes[row.label] if row.label >= 0 else "",
         "order": row.order,
         "orig_hw": list(row.orig_hw),
-        "scaling": "raw" if scaling == WRITES else scaling,
+        "scaling": "raw" if outgoing.scaling == WRITES else outgoing.scaling,
     }
     yield f"{sample}.json", json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
     for name, array in sorted(row.extras.items()):

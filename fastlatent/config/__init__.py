@@ -17,6 +17,7 @@ from fastlatent.config.fields import (
     to_yaml,
     value_type,
 )
+from fastlatent.config.hub import PullConfig, PushConfig
 from fastlatent.config.maintain import (
     DoctorConfig,
     FilterConfig,
@@ -56,6 +57,8 @@ __all__ = [
     "LabelledTrainConfig",
     "LatentTrainConfig",
     "MergeConfig",
+    "PullConfig",
+    "PushConfig",
     "RepairConfig",
     "RoundtripConfig",
     "SampleConfig",

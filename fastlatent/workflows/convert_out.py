@@ -82,10 +82,11 @@ def _outgoing(dataset: Dataset, config: ConvertConfig, format: Any) -> Outgoing:
             "convert the cache again with the factor, or say --scaling-factor unknown here too"
         )
     else:
-        scaling = settle_scaling(config, format.SCALING, payload, channels, f"--to {config.to}")
+        known = getattr(format, "WRITES", format.SCALING)
+        scaling = settle_scaling(config, known, payload, channels, f"--to {config.to}")
     means = payload != dataset.payload
     shapes = {bucket.shape for bucket in dataset.buckets if bucket.rows}
-    known = dataset.provenance["informational"].get("cache", {})
+    told = dataset.provenance["informational"].get("cache", {})
     mean, std = (getattr(dataset.statistics, f"latent_{name}") for name in ("mean", "std"))
     scale = UNKNOWN if dataset.payload == "tokens" else scaling
     return Outgoing(
@@ -97,8 +98,9 @@ def _outgoing(dataset: Dataset, config: ConvertConfig, format: Any) -> Outgoing:
         shapes=tuple(sorted({(s[0], channels, *s[2:]) if means else s for s in shapes})),
         mean=(mean - scale.mean) / scale.std,
         std=std / np.abs(scale.std),
+        scaling=scaling.factors,
         facts=converted.get("facts", {}) if same else {},
-        notes=known if same else {},
+        notes=told if same else {},
         rows_per_shard=config.unit_rows,
     )
 
@@ -195,11 +197,12 @@ def _check(outgoing: Outgoing, out: Path, config: ConvertConfig, format: Any) ->
             raise ValueError(f"{out}: expected {outgoing.count} rows, {len(cache.items)} can be read again")
         chosen = np.random.default_rng(0).permutation(outgoing.count)[: config.check].tolist()
         by_key = {item.key: item for item in cache.items}
-        renamed = getattr(format, "renamed", str)
+        renamed, numbered = getattr(format, "renamed", str), getattr(format, "NUMBERED", False)
         for i in sorted(chosen):
             wanted = outgoing.row(i)
             # A format that numbers its rows keeps their order.
-            item = by_key.get(wanted.key) or by_key.get(renamed(wanted.key)) or cache.items[i]
+            item = cache.items[i] if numbered else by_key.get(wanted.key) or by_key.get(renamed(wanted.key))
+            item = item or cache.items[i]
             found = to_float64(cache.row(item, cache.content(item)).values, cache.dtype)
             values = to_float64(wanted.values, outgoing.dtype)
             rounding = getattr(format, "ROUNDING", 0.0)

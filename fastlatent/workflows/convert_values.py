@@ -27,11 +27,16 @@ class Scaling:
 
     @classmethod
     def of(cls, factor: float, shift: float) -> Scaling:
-        return cls(np.float64(shift), np.float64(1 / factor))  # type: ignore[arg-type]
+        return cls(np.float64(shift), np.float64(1 / factor))
 
     @property
     def is_identity(self) -> bool:
         return bool((self.std == 1).all() and (self.mean == 0).all())
+
+    @property
+    def factors(self) -> tuple[float, float] | None:
+        """(factor, shift) of stored = (raw - shift) * factor; None where channels differ or nothing is known."""
+        return (float(1 / self.std), float(self.mean)) if self.known and not self.std.ndim + self.mean.ndim else None
 
     def record(self) -> dict[str, Any]:
         """For provenance, which `recorded` reads back."""
@@ -44,7 +49,7 @@ class Scaling:
         return cls(np.array(value["mean"], np.float64), np.array(value["std"], np.float64))
 
 
-UNKNOWN = Scaling(np.float64(0), np.float64(1), known=False)  # type: ignore[arg-type]
+UNKNOWN = Scaling(np.float64(0), np.float64(1), known=False)
 
 
 def settle_scaling(

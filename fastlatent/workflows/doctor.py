@@ -26,6 +26,7 @@ OPTIONAL = (
     ("torchcodec", "torchcodec", "encode --decoder torchcodec", "'fastlatent[torchcodec]'"),
     ("fsspec", "fsspec", "sources behind URLs", "'fastlatent[remote]'"),
     ("transformers", "transformers", "encode --text-encoder", "'fastlatent[text]'"),
+    ("huggingface_hub", "huggingface_hub", "push, pull", "'fastlatent[hub]'"),
     ("onnx", "onnx", "encode --engine tensorrt", "'fastlatent[onnx]'"),
     ("onnxscript", "onnxscript", "encode --engine tensorrt", "'fastlatent[onnx]'"),
     ("tensorrt", "tensorrt", "encode --engine tensorrt", "tensorrt-cu13"),

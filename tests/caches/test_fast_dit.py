@@ -202,7 +202,7 @@ def test_other_datasets_are_numbered_or_refused_before_the_first_file(tmp_path):
         next(fast_dit.write(outgoing([*rows, row("c.png", -1)]), tmp_path / "none"))
     with pytest.raises(ValueError, match=r"without a mirror image, got \[2, 4, 4, 6\]"):
         next(fast_dit.write(outgoing(rows, shape=(2, 4, 4, 6)), tmp_path / "none"))
-    with pytest.raises(ValueError, match="expected a path inside"):
+    with pytest.raises(ValueError, match="expected a name that stays inside a folder"):
         facts = {"name": "../x_", "padding": None}
         next(fast_dit.write(outgoing([row("0", 0)], facts=facts, classes=["0"]), tmp_path / "none"))
     assert not (tmp_path / "none").exists()
