@@ -80,4 +80,14 @@ FASTLATENT_API int fastlatent_resize_weights_cpu(int64_t in_size, int64_t out_si
 // [batch, pixels, channels], of dtype f32, bf16 or f16; weight and bias [channels]. The same bits for any number of threads.
 FASTLATENT_API int fastlatent_group_norm_silu_cpu(const void* x, const float* weight, const float* bias, void* out, int64_t batch, int64_t channels, int64_t pixels, int64_t groups, double eps, int64_t silu, int64_t channels_last, int64_t dtype, int64_t threads);
 
+// Of every channel of the rows [first, last) of values [rows, channels, inner], at least one: out f64 [5, channels] = mean, sum
+// of squared distances from it, minimum, maximum and a scratch row; of the channels from `logvars` on those of
+// exp(clamp(x, -30, 20)). values int8 where scale is not null, and then value i is multiplied by scale[i / run]; else of
+// `dtype` (f32, bf16, f16); at any address. The same bits for every instruction set.
+FASTLATENT_API int fastlatent_row_statistics_cpu(const void* values, const float* scale, double* out, int64_t first, int64_t last, int64_t channels, int64_t inner, int64_t run, int64_t logvars, int64_t dtype);
+
+// finite [rows] bool: row i holds no infinity and no NaN. table [rows, 2]: its address and its number of values, which are of
+// `dtype` (f32, bf16, f16).
+FASTLATENT_API int fastlatent_finite_rows_cpu(const int64_t* table, int64_t rows, int64_t dtype, void* finite);
+
 }

@@ -25,7 +25,8 @@ with spaces so that the first tensor begins at a multiple of 4096 bytes; so does
     key.offsets   U64 [N+1]     key i is key.utf8[offsets[i] : offsets[i+1]]
     key.utf8      U8            the keys' bytes
     src_xxh3      U64 [N, 2]    digest of the source file's bytes
-    orig_hw       I32 [N, 2]    height and width of the source image, in pixels, upright (EXIF orientation applied)
+    orig_hw       I32 [N, 2]    height and width of the source image, in pixels, upright (EXIF orientation applied);
+                                0 where a converted cache did not say, in crop too
     crop          I32 [N, 4]    top, left, height, width of what the latent shows, in those pixels, rounded
     row_xxh3      U64 [N]
     NAME          further tensors, if the dataset has them, [N, ...] of any dtype; a ragged one is [total, ...], its
@@ -37,7 +38,8 @@ with spaces so that the first tensor begins at a multiple of 4096 bytes; so does
     PAYLOAD       F16, F32, BF16 or I8, one of
         moments   [N, F, 2C, ...]   mean || logvar of the posterior as the autoencoder gives them: not scaled, shifted
                   or normalised, logvar not clamped. F = 2: the image, then its mirror image encoded (not the mirrored
-                  latent). 1 to 3 sizes follow, (T,) H, W, say
+                  latent). 1 to 3 sizes follow, (T,) H, W, say. Of a cache that was converted with its scaling unknown,
+                  the provenance says so ("converted"), and values are as the cache had them
         latents   [N, F, C, ...]    the same without logvar: posterior means, or of an encoder that has no posterior;
                   0 to 3 sizes follow
         tokens    [N, F, n, D]      matrices of a teacher's tokens; ragged, [total, D], where n differs from row to row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from fastlatent import _native
 from fastlatent.store.files import canonical_json
 from fastlatent.store.provenance import fingerprint
 from fastlatent.store.records import (
@@ -30,16 +32,15 @@ from fastlatent.store.records import (
 )
 from fastlatent.store.shard import DTYPES as SHARD_DTYPES
 from fastlatent.store.shard import layout, write_shard
-from fastlatent.store.statistics import Statistics
+from fastlatent.store.statistics import DTYPE_CODES, Statistics
 
-# What a payload may be stored as, and the bits of an exponent of all ones: infinity or NaN.
+# What a payload may be stored as.
 DTYPES = {
     np.dtype(np.float16): "F16",
     np.dtype(np.float32): "F32",
     np.dtype(np.uint16): "BF16",
     np.dtype(np.int8): "I8",
 }
-EXPONENTS = {"F16": (0x7C00, np.uint16), "BF16": (0x7F80, np.uint16), "F32": (0x7F800000, np.uint32)}
 Values = np.ndarray | list[np.ndarray]  # [N, ...], or N arrays that differ in their first size
 
 
@@ -248,10 +249,17 @@ def _columns(name: str, values: Values) -> dict[str, np.ndarray]:
 
 
 def finite_rows(values: Values, dtype: str) -> np.ndarray:
-    """bool [N]: no value of row i is infinity or NaN. 3x as fast as isfinite on float16."""
-    mask, bits = EXPONENTS[dtype]
-    flat = (np.ascontiguousarray(row).view(bits) for row in values)
-    return np.array([not ((row & mask) == mask).any() for row in flat], bool)
+    """bool [N]: no value of row i is infinity or NaN."""
+    if isinstance(values, list):
+        rows = [np.ascontiguousarray(row) for row in values]
+        table = np.array([(row.ctypes.data, row.size) for row in rows], np.int64).reshape(-1, 2)
+    else:
+        values = np.ascontiguousarray(values)
+        table = np.full((len(values), 2), math.prod(values.shape[1:]), np.int64)
+        table[:, 0] = values.ctypes.data + np.arange(len(values)) * (table[:, 1] * values.itemsize)
+    finite = np.empty(len(values), bool)
+    _native.call("cpu", "finite_rows", table.ctypes.data, len(table), DTYPE_CODES[dtype], finite.ctypes.data)
+    return finite
 
 
 def row_digest(*parts: np.ndarray) -> int:

@@ -28,6 +28,7 @@ DTYPES = {
     "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
     "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2",
 }  # fmt: skip
+ITEM_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items() if name != "BF16"}
 
 
@@ -141,7 +142,7 @@ class Shard:
         self.columns: dict[str, np.ndarray] = {}
         for name in self.dtypes:
             tensor = header.tensors[name]
-            view = np.frombuffer(mapping, DTYPES[tensor.dtype], math.prod(tensor.shape), header.bytes + tensor.begin)
+            view = np.frombuffer(mapping, DTYPES[tensor.dtype], math.prod(tensor.shape), tensor.begin)
             self.columns[name] = view.reshape(tensor.shape)
         self.mapping = mapping
 
@@ -181,8 +182,10 @@ class Shard:
             self.mapping.close()
 
 
-@dataclass(frozen=True)
-class _Tensor:
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor of a safetensors file: its bytes are file[begin:end]."""
+
     dtype: str
     shape: tuple[int, ...]
     begin: int
@@ -194,7 +197,7 @@ class _Header:
     bytes: int
     xxh3_64: str
     metadata: dict[str, str]
-    tensors: dict[str, _Tensor]
+    tensors: dict[str, TensorEntry]
 
 
 def _read_header(fd: int, size: int, path: Path) -> _Header:
@@ -206,45 +209,61 @@ def _read_header(fd: int, size: int, path: Path) -> _Header:
             f"{size}, got a length of {length}: the file is truncated or not a shard"
         )
     text = os.pread(fd, length, 8)
-    parsed = parse_json(text, f"{path}: header")
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{path}: header: expected a JSON object, got {parsed!r:.100}")
-    metadata = parsed.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path}: header: expected __metadata__ to hold strings, got {metadata!r:.100}")
-    tensors = {name: _tensor(name, entry, path) for name, entry in parsed.items()}
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if tensor.begin != end:
-            raise ValueError(f"{path}: header: expected {name!r} at {end}, got {tensor.begin}: a hole or an overlap")
-        end = tensor.end
-    if 8 + length + end != size:
-        raise ValueError(
-            f"{path}: expected {8 + length + end} bytes as its header says, got {size}: the file is damaged; "
-            "restore it from a copy"
-        )
+    try:
+        tensors, metadata = parse_header(text, size, ITEM_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return _Header(8 + length, xxhash.xxh3_64_hexdigest(first + text), metadata, tensors)
 
 
-def _tensor(name: str, entry: object, path: Path) -> _Tensor:
-    what = f"{path}: header: {name!r}"
+def parse_header(
+    text: bytes, size: int, item_bytes: Mapping[str, int]
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file of `size` bytes from its header's text.
+
+    Args:
+        item_bytes: the dtypes that may be there, and their sizes.
+    Raises:
+        ValueError: it is no such header, or its tensors do not fill the file without a hole.
+    """
+    parsed = parse_json(text, "header")
+    if not isinstance(parsed, dict):
+        raise ValueError(f"header: expected a JSON object, got {parsed!r:.100}")
+    metadata = parsed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"header: expected __metadata__ to hold strings, got {metadata!r:.100}")
+    end = 8 + len(text)
+    tensors = {name: _tensor(name, entry, end, item_bytes) for name, entry in parsed.items()}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if tensor.begin != end:
+            raise ValueError(f"header: expected {name!r:.100} at {end}, got {tensor.begin}: a hole or an overlap")
+        end = tensor.end
+    if end != size:
+        raise ValueError(
+            f"expected {end} bytes as its header says, got {size}: the file is damaged, half-written or cut; restore it"
+        )
+    return tensors, metadata
+
+
+def _tensor(name: str, entry: object, start: int, item_bytes: Mapping[str, int]) -> TensorEntry:
+    what = f"header: {name!r:.100}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{what}: expected dtype, shape and data_offsets, got {entry!r:.100}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{what}: expected a dtype among {sorted(DTYPES)}, got {dtype!r:.100}")
+    if not isinstance(dtype, str) or dtype not in item_bytes:
+        raise ValueError(f"{what}: expected a dtype among {sorted(item_bytes)}, got {dtype!r:.100}")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{what}: expected a shape of at most {MAX_DIMENSIONS} sizes >= 0, got {shape!r:.100}")
     if not _naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"{what}: expected two data_offsets >= 0, got {offsets!r:.100}")
     if math.prod(size for size in shape if size) >= 1 << 59:  # numpy has no such array, not even of 0 bytes
         raise ValueError(f"{what}: expected a shape whose sizes multiply to less than 2**59, got {shape!r:.100}")
-    expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    expected = math.prod(shape) * item_bytes[dtype]
     if offsets[1] - offsets[0] != expected:
         raise ValueError(
             f"{what}: expected {expected} bytes for {dtype} {shape!r:.100}, got data_offsets {offsets!r:.100}"
         )
-    return _Tensor(dtype, tuple(shape), *offsets)
+    return TensorEntry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
 def _naturals(value: object) -> bool:
