@@ -13,6 +13,7 @@ and may have
     DTYPE      the only dtype that it writes
     WRITES     (factor, shift) that is written where SCALING is None
     ROUNDING   relative error of what is read after it was written; else it is equal bit for bit
+    EXTRAS     names of the further tensors that it writes of any dataset, None for all; else none, but its own again
     NUMBERED   True where rows are read again by their numbers, not their keys
     renamed(key) -> str                   the key that a row of another dataset is read again by
 It is named in `fastlatent.caches.formats`. Nothing is unpickled but what torch.load(weights_only=True) takes, and

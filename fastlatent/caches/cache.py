@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastlatent.data.packed_files import DamagedArrays
 from fastlatent.store.records import Field
 
 DTYPES = {
@@ -17,8 +18,8 @@ DTYPES = {
 REST = Field("rest", "U8", (-1,))
 
 
-class DamagedEntry(ValueError):
-    """A row that cannot be used; the message says why, without the file's name. The row is left out and named."""
+# A row that cannot be used; the message says why, without the file's name. The row is left out and named.
+DamagedEntry = DamagedArrays
 
 
 @dataclass(frozen=True)

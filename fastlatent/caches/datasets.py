@@ -28,6 +28,7 @@ from fastlatent.sources.arrow_files import require_pyarrow
 TITLE = "Hugging Face datasets: a folder for load_from_disk"
 PAYLOADS = ("moments", "latents", "tokens")
 SCALING = (1.0, 0.0)
+EXTRAS = None
 FLIP = "_flip"
 BATCH_BYTES = 32 << 20  # of values in a record batch; the writer holds one
 BATCH_ROWS = 1000  # as `datasets` writes them

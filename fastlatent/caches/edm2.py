@@ -26,8 +26,8 @@ import numpy as np
 
 from fastlatent.caches.cache import Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
 from fastlatent.caches.outgoing import Outgoing, put, target
-from fastlatent.caches.zip_members import DamagedZip, Member, members, stored
 from fastlatent.data.array_files import DamagedArrays, npy_bytes, read_npy, to_tensor
+from fastlatent.data.packed_files import Member, member_content, zip_members
 from fastlatent.sources.files import Files, Found
 from fastlatent.store.files import parse_json
 
@@ -51,9 +51,9 @@ def claims(files: Files, found: Sequence[Found]) -> int:
         return int(
             len(found) == 1
             and found[0].path.endswith(".zip")
-            and any(NAME.fullmatch(one.name) for one in members(*_ranges(files, found[0]), most=GLANCE))
+            and any(NAME.fullmatch(one.name) for one in zip_members(*_ranges(files, found[0]), most=GLANCE))
         )
-    except (DamagedZip, OSError):
+    except (DamagedArrays, OSError):
         return 0
 
 
@@ -115,13 +115,13 @@ def _open_zip(files: Files, one: Found) -> Cache:
     own: list[Member] = []
     others: dict[str, Member] = {}
     try:
-        for member in members(read, size):
+        for member in zip_members(read, size):
             names[member.name] += 1
             if NAME.fullmatch(member.name):
                 own.append(member)
             else:
                 others[member.name] = member
-    except DamagedZip as error:
+    except DamagedArrays as error:
         raise ValueError(f"{place}: {error}") from None
     left_out, items = {}, []
     most = 4 * own[0].size + 4096 if own else 0  # overlapping members could claim any sum of sizes
@@ -138,21 +138,13 @@ def _open_zip(files: Files, one: Found) -> Cache:
         left_out[f"{place}/{member.name}"] = why
     items.sort(key=lambda item: os.fsencode(item.key))
 
-    def content(item: CacheItem) -> bytes:
-        try:
-            return stored(read, item.at)
-        except DamagedZip as error:
-            raise DamagedEntry(f"{item.key}: {error}") from None
-
     def read_labels(name: str) -> bytes:
-        if others[name].size > size:  # a stored member cannot
-            raise ValueError(f"{place}: {name} claims {others[name].size:,} bytes")
         try:
-            return stored(read, others[name])
-        except DamagedZip as error:
-            raise ValueError(f"{place}: {name}: {error}") from None
+            return bytes(member_content(read, others[name]))
+        except DamagedArrays as error:
+            raise ValueError(f"{place}: {error}") from None
 
-    return _cache(place, items, others, content, read_labels, left_out)
+    return _cache(place, items, others, lambda item: bytes(member_content(read, item.at)), read_labels, left_out)
 
 
 def _cache(
@@ -189,10 +181,7 @@ def _cache(
 
 
 def _row(shape: tuple[int, ...], dtype: str, item: CacheItem, data: bytes) -> CacheRow:
-    try:
-        both = check_row(read_npy(data), shape, dtype)
-    except DamagedArrays as error:
-        raise DamagedEntry(str(error)) from None
+    both = check_row(read_npy(data), shape, dtype)
     half = shape[0] // 2
     values = np.empty((1, *shape), both.dtype)
     values[0, :half] = both[:half]
@@ -211,7 +200,7 @@ def _first(root: str, items: Sequence[CacheItem], content: Any, look: int = 8) -
     for item in items[:look]:
         try:
             values = read_npy(content(item))
-        except (DamagedArrays, DamagedEntry, OSError) as error:
+        except (DamagedArrays, OSError) as error:
             why = f"{item.key}: {error}"
             continue
         dtype = NAME_OF.get(values.dtype)

@@ -93,10 +93,7 @@ def open_cache(files: Files, found: Sequence[Found], told: Told) -> Cache:
     alone = len(labels.keys() - features.keys())
 
     def row(item: CacheItem, data: bytes) -> CacheRow:
-        try:
-            return CacheRow(check_row(read_npy(data), shape, dtype))
-        except DamagedArrays as error:
-            raise DamagedEntry(str(error)) from None
+        return CacheRow(check_row(read_npy(data), shape, dtype))
 
     return Cache(
         items=items,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastlatent.sources.files import Files, Found
+from fastlatent.store.records import ROOT
 
 # name -> module under fastlatent.caches
 FORMATS = {
@@ -40,6 +41,11 @@ def detect(files: Files, found: Sequence[Found]) -> str:
     claimed = {name: count for name in FORMATS if (count := format_of(name).claims(files, found))}
     if len(claimed) == 1:
         return next(iter(claimed))
+    if not claimed and files.exists(ROOT) and files.is_dir("shards"):
+        raise ValueError(
+            f"{files.root}: expected a latent cache, got a dataset of fastlatent: say --to and what it shall become "
+            f"({', '.join(TARGETS)})"
+        )
     if not claimed:
         titles = "\n  ".join(f"{name}: {format_of(name).TITLE}" for name in FORMATS)
         raise ValueError(

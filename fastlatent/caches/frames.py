@@ -32,6 +32,7 @@ from fastlatent.store.records import Field
 TITLE = "navigation world models: <trajectory>/0.pt, 1.pt …, all called by numbers, [C, h, w], with traj_data.pkl"
 PAYLOADS = ("latents",)
 SCALING = (0.18215, 0.0)  # the autoencoder's of Stable Diffusion
+EXTRAS = ("position", "yaw")
 FIELDS = (Field("position", "F64", (2,)), Field("yaw", "F64", ()))
 POSE_BYTES = 24
 

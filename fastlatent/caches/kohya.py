@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,6 @@ import torch
 from fastlatent.caches.cache import REST, Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
 from fastlatent.caches.fast_dit import read_many
 from fastlatent.caches.outgoing import Outgoing, OutRow, put, target
-from fastlatent.caches.zip_members import DamagedZip, Member, head, members
 from fastlatent.data.array_files import (
     DamagedArrays,
     npz_bytes,
@@ -43,6 +42,7 @@ from fastlatent.data.array_files import (
     to_tensor,
 )
 from fastlatent.data.numpy_files import npy_begin, npy_header
+from fastlatent.data.packed_files import Member, Read, member_content, zip_members
 from fastlatent.sources.files import Files, Found
 
 TITLE = "kohya sd-scripts: {stem}_{W}x{H}_{model}.npz or {stem}.npz with latents, original_size, crop_ltrb"
@@ -84,7 +84,7 @@ def claims(files: Files, found: Sequence[Found]) -> int:
         try:
             if any(LATENTS.fullmatch(name) for name in _members(files, one)[1]):
                 return len(own)
-        except (DamagedZip, OSError):
+        except (DamagedArrays, OSError):
             continue
     return 0
 
@@ -185,7 +185,7 @@ def _ignored(found: Sequence[Found]) -> dict[str, int]:
     return dict(count)
 
 
-def _members(files: Files, one: Found) -> tuple[Callable[[int, int], bytes], dict[str, Member]]:
+def _members(files: Files, one: Found) -> tuple[Read, dict[str, Member]]:
     """A reader of the file's ranges, its end read once, and the arrays in it."""
     begin = max(0, one.size - TAIL)
     tail = files.read_range(one.path, begin, TAIL)
@@ -196,34 +196,34 @@ def _members(files: Files, one: Found) -> tuple[Callable[[int, int], bytes], dic
         return files.read_range(one.path, offset, size)
 
     found: dict[str, Member] = {}
-    for member in members(read, one.size):
+    for member in zip_members(read, one.size):
         if member.name in found:
-            raise DamagedZip(f"two arrays {member.name!r:.100}")
+            raise DamagedArrays(f"two arrays {member.name!r:.100}")
         found[member.name] = member
     return read, found
 
 
 def _look(files: Files, one: Found) -> list[Latents]:
-    """What the headers of the latents in a file say. DamagedZip, DamagedArrays or OSError."""
+    """What the headers of the latents in a file say. DamagedArrays or OSError."""
     read, arrays = _members(files, one)
     suffixes = [match[1] for name in arrays if (match := LATENTS.fullmatch(name))]
     if not suffixes:
-        raise DamagedZip(f"expected an array 'latents', got {', '.join(arrays) or 'none':.200}")
+        raise DamagedArrays(f"expected an array 'latents', got {', '.join(arrays) or 'none':.200}")
     if "" in suffixes and len(suffixes) > 1:
-        raise DamagedZip("expected latents or latents_{h}x{w}, got both")
+        raise DamagedArrays("expected latents or latents_{h}x{w}, got both")
     rows = []
     for suffix in suffixes:
         member = arrays[f"latents{suffix}.npy"]
-        begin = head(read, member, HEAD)
+        begin = member_content(read, member, HEAD)
         end = npy_begin(begin)
         header = npy_header(begin[:end])
         dtype = NAME_OF.get(header.dtype)
         if dtype is None or len(header.shape) not in (3, 4) or 0 in header.shape:
-            raise DamagedZip(f"expected latents [C, h, w] of floats, got {header.dtype} {list(header.shape)}")
+            raise DamagedArrays(f"expected latents [C, h, w] of floats, got {header.dtype} {list(header.shape)}")
         if end + header.nbytes != member.size:
-            raise DamagedZip(f"latents claim {header.nbytes:,} bytes, the file has {member.size - end:,} of them")
+            raise DamagedArrays(f"latents claim {header.nbytes:,} bytes, the file has {member.size - end:,} of them")
         if suffix and suffix != f"_{header.shape[-2]}x{header.shape[-1]}":
-            raise DamagedZip(f"latents{suffix} are {list(header.shape)}")
+            raise DamagedArrays(f"latents{suffix} are {list(header.shape)}")
         flipped = f"latents_flipped{suffix}.npy" in arrays
         rows.append(Latents(suffix, header.shape, dtype, flipped, len(arrays) > len(suffixes) * (1 + flipped)))
     return rows
@@ -236,10 +236,7 @@ def _words(kind: tuple[int, int, int, str]) -> str:
 
 def _row(kind: tuple[int, int, int, str], rest: bool, item: CacheItem, data: bytes) -> CacheRow:
     suffix: str = item.at[1]
-    try:
-        arrays = read_npz(data)
-    except DamagedArrays as error:
-        raise DamagedEntry(str(error)) from None
+    arrays = read_npz(data)
     latents = arrays.pop("latents" + suffix, None)
     flipped = arrays.pop("latents_flipped" + suffix, None)
     if latents is None or (flipped is not None) != (kind[0] == 2):

@@ -23,8 +23,8 @@ from fastlatent.caches.cache import DTYPES, Cache, CacheItem, CacheRow, DamagedE
 from fastlatent.caches.mar import ignored
 from fastlatent.caches.outgoing import Outgoing, put, put_file, target
 from fastlatent.caches.shards import Ranges, shard_end, shard_of
-from fastlatent.caches.tensor_bytes import ITEM_BYTES, Entry, header, in_order, read_header
 from fastlatent.data.array_files import DamagedArrays, pt_bytes, read_pt
+from fastlatent.data.tensor_files import ITEM_BYTES, TensorEntry, header, in_order, read_header
 from fastlatent.sources.files import Files, Found, read_each
 
 TITLE = "LightningDiT: latents_rank00_shard000.safetensors … with latents, latents_flip and labels"
@@ -46,8 +46,8 @@ class Shard:
     place: str
     stem: str
     rows: int
-    latents: Entry
-    flip: Entry | None
+    latents: TensorEntry
+    flip: TensorEntry | None
     labels: np.ndarray | None
     metadata: dict[str, str]
     others: tuple[str, ...]

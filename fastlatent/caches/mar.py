@@ -1,7 +1,8 @@
 """MAR's and LatentLM's cache: one .npz for each image, with `moments` and `moments_flip` [2C, h, w] float32.
 
 The tree is that of the images, <class>/<file>.JPEG.npz or <class>/<file>.npz. Values are mean‖logvar as the autoencoder
-gives them. The flip is that of the image, encoded. Round trip: equal arrays under equal names.
+gives them. The flip is that of the image, encoded. Round trip: equal arrays under equal names; bfloat16, which
+numpy lacks, becomes float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from fastlatent.caches.cache import Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
 from fastlatent.caches.outgoing import Outgoing, put, target
-from fastlatent.data.array_files import DamagedArrays, npz_bytes, read_npz
+from fastlatent.data.array_files import DamagedArrays, npz_bytes, read_npz, to_tensor
 from fastlatent.sources.files import Files, Found
 
 TITLE = "MAR, LatentLM: <class>/<file>.npz with moments and moments_flip"
@@ -46,10 +47,7 @@ def open_cache(files: Files, found: Sequence[Found], told: Told) -> Cache:
     classes, labels = classes_of(one.path for one in own)
 
     def row(item: CacheItem, data: bytes) -> CacheRow:
-        try:
-            arrays = read_npz(data, NAMES)
-        except DamagedArrays as error:
-            raise DamagedEntry(str(error)) from None
+        arrays = read_npz(data, NAMES)
         if set(arrays) != set(NAMES if flip else NAMES[:1]):
             wanted = "moments and moments_flip" if flip else "moments alone"
             raise DamagedEntry(f"expected {wanted} as in the first file, got {', '.join(arrays) or 'neither'}")
@@ -77,7 +75,8 @@ def write(outgoing: Outgoing, out: Path) -> Iterator[int]:
         row = outgoing.row(number)
         path = target(out, row.key + SUFFIX)
         if not path.exists():
-            put(path, npz_bytes(dict(zip(NAMES, row.values, strict=False))))
+            values = to_tensor(row.values, "BF16").float().numpy() if outgoing.dtype == "BF16" else row.values
+            put(path, npz_bytes(dict(zip(NAMES, values, strict=False))))
         yield 1
 
 

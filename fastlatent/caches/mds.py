@@ -30,7 +30,7 @@ from fastlatent.caches.mds_files import (
 from fastlatent.caches.mds_open import Opening, marks_of
 from fastlatent.caches.outgoing import Outgoing, OutRow, put, target
 from fastlatent.caches.shards import Ranges, shard_end, shard_of
-from fastlatent.caches.tensor_bytes import read_header
+from fastlatent.data.tensor_files import read_header
 from fastlatent.sources.files import Files, Found
 
 TITLE = "MosaicML, MicroDiffusion: MDS shards and index.json, with latents in a column of their own"

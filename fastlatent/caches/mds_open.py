@@ -28,7 +28,7 @@ from fastlatent.caches.mds_files import (
     wrong_hash,
 )
 from fastlatent.caches.shards import Ranges
-from fastlatent.caches.tensor_bytes import ITEM_BYTES, file_bytes
+from fastlatent.data.tensor_files import ITEM_BYTES, file_bytes
 from fastlatent.sources.files import Files, Found, read_each
 
 TEXT = ("caption", "text", "prompt", "clip", "t5", "token", "pool")  # of columns whose latents are no images'

@@ -23,7 +23,7 @@ import numpy as np
 from fastlatent.caches.cache import DTYPES, REST, Cache, CacheItem, CacheRow, DamagedEntry, Told
 from fastlatent.caches.mar import ignored
 from fastlatent.caches.outgoing import Outgoing, OutRow, put, target
-from fastlatent.caches.tensor_bytes import Entry, file_bytes, read_header
+from fastlatent.data.tensor_files import TensorEntry, file_bytes, read_header
 from fastlatent.sources.files import Files, Found, read_each
 
 TITLE = "musubi-tuner: {stem}_{WWWW}x{HHHH}_{architecture}.safetensors, one for each image or clip"
@@ -42,7 +42,7 @@ class Seen:
     """What a file's header says: the row's tensor by name and entry, and which model it is for."""
 
     name: str
-    main: Entry
+    main: TensorEntry
     architecture: str
 
     @property
@@ -135,7 +135,7 @@ def open_cache(files: Files, found: Sequence[Found], told: Told) -> Cache:
     )  # fmt: skip
 
 
-def seen(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> Seen:
+def seen(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> Seen:
     """The row's tensor of one file.
 
     Raises:

@@ -85,7 +85,11 @@ def put_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     try:
         with open(temporary, "xb", buffering=0) as file:
             write(file)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except FileNotFoundError:  # another process has finished the same export, and cleaned up behind it
+            if not path.exists():
+                raise
     except BaseException:
         with suppress(OSError):
             temporary.unlink()

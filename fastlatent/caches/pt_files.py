@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastlatent.caches.cache import DamagedEntry
 from fastlatent.data.array_files import NAMES, extract_latent, read_pt, to_values
-from fastlatent.data.packed_files import GZIP, DamagedArrays, zip_members
+from fastlatent.data.packed_files import GZIP, STORED, DamagedArrays, member_bytes, reader, zip_members
 from fastlatent.sources.files import THREADS, Files, Found
 from fastlatent.sources.trajectories import POSES
 
@@ -85,13 +84,13 @@ def first_look(files: Files, own: Sequence[Found]) -> Look | None:
     for one in [one for one in own[:LOOK] if one.size <= MAX_LOOK]:
         try:
             return look(files.read(one.path))
-        except (DamagedEntry, OSError):
+        except (DamagedArrays, OSError):
             continue
     return None
 
 
 def look(data: bytes) -> Look:
-    """DamagedEntry where these bytes are no file of torch.save with one latent."""
+    """DamagedArrays where these bytes are no file of torch.save with one latent."""
     one = open_latent(data)
     return Look(tuple(one.latent.shape), to_values(one.latent)[1], one.key, bool(one.rest))
 
@@ -113,7 +112,7 @@ def looks(files: Files, own: Sequence[Found]) -> list[Look | None]:
                 if pickle and len(seen) < MAX_KNOWN:
                     known = seen.setdefault(pickle, known)
             return known
-        except (DamagedEntry, OSError):
+        except (DamagedArrays, OSError):
             return None
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="caches") as pool:
@@ -152,12 +151,9 @@ class Opened:
 
 
 def open_latent(data: bytes) -> Opened:
-    """DamagedEntry where these bytes are no file of torch.save with one latent."""
-    try:
-        loaded = read_pt(data)
-        latent = extract_latent(loaded)
-    except DamagedArrays as error:
-        raise DamagedEntry(str(error)) from None
+    """DamagedArrays where these bytes are no file of torch.save with one latent."""
+    loaded = read_pt(data)
+    latent = extract_latent(loaded)
     if not isinstance(loaded, Mapping):
         return Opened(latent, "", {}, _is_whole(loaded))
     named = [name for name in NAMES if name in loaded]
@@ -197,7 +193,7 @@ class LatentReader:
         """(values [1, ...] of the latent, uint16 for bfloat16; what a dict holds besides).
 
         Raises:
-            DamagedEntry: as `open_latent`.
+            DamagedArrays: as `open_latent`.
         """
         pickle, storage = _parts(data)
         layout = self._known.get(pickle)
@@ -213,16 +209,15 @@ class LatentReader:
 def _parts(data: bytes) -> tuple[bytes, memoryview]:
     """The pickle and the only storage of a sound file of torch.save; empty where it is not of this kind."""
     nothing = b"", memoryview(b"")
-    view = memoryview(data)
+    read = reader(data)
     try:
-        members = zip_members(view)
+        members = [(one, memoryview(member_bytes(read, one))) for one in zip_members(read, len(data))]
     except DamagedArrays:
         return nothing
     pickles, storages = [], []
-    for member in members:
-        content = view[member.begin : member.begin + member.packed]
+    for member, content in members:
         # 0: torch.serialization.set_crc32_options(False)
-        if member.deflated or (member.crc and zlib.crc32(content) != member.crc):
+        if member.method != STORED or (member.crc and zlib.crc32(content) != member.crc):
             return nothing
         if member.name.endswith("/data.pkl"):
             pickles.append(bytes(content))

@@ -28,7 +28,6 @@ from fastlatent.caches.cache import DTYPES, REST, Cache, CacheItem, CacheRow, Da
 from fastlatent.caches.outgoing import Outgoing, OutRow, put, target
 from fastlatent.caches.pt_files import look as look_into_pt
 from fastlatent.caches.pt_files import looks as look_into_pts
-from fastlatent.caches.tensor_bytes import read_header
 from fastlatent.data.array_files import (
     NAMES,
     DamagedArrays,
@@ -44,6 +43,7 @@ from fastlatent.data.array_files import (
 )
 from fastlatent.data.numpy_files import npy_begin, npy_header
 from fastlatent.data.packed_files import GZIP
+from fastlatent.data.tensor_files import read_header
 from fastlatent.sources.experiment import CONFIG, MAX_SETTINGS_BYTES, SUFFIXES
 from fastlatent.sources.files import Files, Found, read_each, read_text
 from fastlatent.sources.items import stamp_of
@@ -240,8 +240,6 @@ def look_into(files: Files, one: Found) -> Look:
         return Look(header.shape, _name_of(np.empty(0, header.dtype.newbyteorder("="))))
     except zlib.error as error:
         raise DamagedEntry(f"the gzip stream is damaged ({error}); make it again") from None
-    except DamagedArrays as error:
-        raise DamagedEntry(str(error)) from None
 
 
 def _name_of(array: np.ndarray) -> str:
@@ -279,15 +277,12 @@ def read_row(place: Place, data: bytes, dtype: str, told_of: bool) -> CacheRow:
         size = len(data) - 8 - int.from_bytes(data[-8:], "little")
         data, metadata = data[:size], data[size:-8]
         extras = {REST.name: pack_metadata(metadata)}
-    try:
-        if place.path.endswith((".npy", ".npy.gz")):
-            values = read_npy(data)
-            name = _name_of(values)
-        else:
-            loaded = read_safetensors(data)[0] if place.path.endswith(".safetensors") else read_pt(data)
-            values, name = to_values(extract_latent(loaded))
-    except DamagedArrays as error:
-        raise DamagedEntry(str(error)) from None
+    if place.path.endswith((".npy", ".npy.gz")):
+        values = read_npy(data)
+        name = _name_of(values)
+    else:
+        loaded = read_safetensors(data)[0] if place.path.endswith(".safetensors") else read_pt(data)
+        values, name = to_values(extract_latent(loaded))
     if name != dtype:
         raise DamagedEntry(f"expected {dtype} as in the first file, got {name}")
     return CacheRow(check_row(values.reshape(row_shape(values.shape)), place.shape, dtype), extras=extras)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from fastlatent.data.array_files import (
     read_safetensors,
     to_values,
 )
+from fastlatent.data.numpy_files import npy_begin, npy_header
 from fastlatent.sources.files import MAX_TEXT, Files, Found
 from fastlatent.sources.tar_members import DamagedTar, Member, Window, members
 from fastlatent.sources.tars import MAX_CLASSES
@@ -242,14 +242,11 @@ def _kind_of(suffix: str, data: bytes) -> Kind | None:
 
 
 def _npy_kind(suffix: str, head: bytes) -> Kind | None:
-    stream = io.BytesIO(head)
     try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    except ValueError:
+        header = npy_header(head[: npy_begin(head)])
+    except DamagedArrays:
         return None
-    return _kind(suffix, "", shape, NAME_OF[dtype], 1) if dtype in NAME_OF else None
+    return _kind(suffix, "", header.shape, NAME_OF[header.dtype], 1) if header.dtype in NAME_OF else None
 
 
 def _kind(suffix: str, name: str, shape: tuple[int, ...], dtype: str, rows: int) -> Kind | None:

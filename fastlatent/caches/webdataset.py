@@ -51,6 +51,7 @@ TITLE = "WebDataset: tars of samples with a .npy, .npz, .pt, .pth or .safetensor
 PAYLOADS = ("moments", "latents", "tokens")
 SCALING = None
 WRITES = (1.0, 0.0)  # (factor, shift) of tars that are written, unless the user says otherwise
+EXTRAS = None
 LOOK_TARS = 3  # by `claims`
 
 
@@ -95,19 +96,23 @@ def open_cache(files: Files, found: Sequence[Found], told: Told) -> Cache:
     remarks = [f"{count:,} members *{name} are pickles: never read, left out" for name, count in pickles.items()]
     if all(ours):
         items, classes, scaling, notes = _items_of_ours(files, seen)
+        beside = Counter(one for item in items for one, _, _ in item.at.parts[1 + item.at.flip :] if one != "json")
+        remarks += [f"{count:,} members .{suffix} are not converted" for suffix, count in sorted(beside.items())]
     else:
         items, classes = _items(files, seen)
         scaling, notes = (None if kind.payload == "latents" else WRITES), _notes(seen, kind)
         if any(ours):
             remarks.append("some samples are not fastlatent's: what it has written beside the others is not used")
-    extra = kind.name or any(len(item.at.parts) > 1 + item.at.flip for item in items)
+    usual = str(notes.get("suffix", "")), kind.name, kind.batch
+    extra = kind.name or len({(one.name, one.batch) for one in kinds}) > 1
+    extra = extra or any(len(item.at.parts) > 1 + item.at.flip or item.at.parts[0][0] != usual[0] for item in items)
     return Cache(
         items=items,
         payload=kind.payload,
         dtype=kind.dtype,
         buckets=buckets,
         content=partial(_content, ranges),
-        row=partial(_row, frozenset(buckets), kind, all(ours)),
+        row=partial(_row, frozenset(buckets), kind, None if all(ours) else usual),
         classes=classes,
         fields=(REST,) if extra and not all(ours) else (),
         scaling=scaling,
@@ -205,7 +210,10 @@ def _content(ranges: Ranges, item: CacheItem) -> bytes:
     return b"".join((*pieces, "\n".join(suffix for suffix, _, _ in place.parts).encode("utf-8", "surrogateescape")))
 
 
-def _row(buckets: frozenset[tuple[int, ...]], kind: Kind, ours: bool, item: CacheItem, data: bytes) -> CacheRow:
+def _row(
+    buckets: frozenset[tuple[int, ...]], kind: Kind, usual: tuple[str, str, bool] | None, item: CacheItem, data: bytes
+) -> CacheRow:
+    """usual: suffix, array and batch of most samples, which the others are noted to differ from; None of ours."""
     place: Place = item.at
     view, at, pieces = memoryview(data), 0, []
     for _, _, size in place.parts:
@@ -226,7 +234,7 @@ def _row(buckets: frozenset[tuple[int, ...]], kind: Kind, ours: bool, item: Cach
             f"expected {kind.payload} {kind.dtype} {shapes} as in most samples, got {found.payload} {dtype} "
             f"{list(values.shape)}"
         )
-    if ours:
+    if usual is None:
         suffixes = [suffix for suffix, _, _ in place.parts]
         said = told_by(bytes(pieces[suffixes.index("json")])) if "json" in suffixes else None
         if said is None:
@@ -238,7 +246,9 @@ def _row(buckets: frozenset[tuple[int, ...]], kind: Kind, ours: bool, item: Cach
         else torch.empty(0, dtype=torch.uint8)
         for (suffix, _, _), piece in list(zip(place.parts, pieces, strict=True))[1 + place.flip :]
     }
-    packed = safetensors_bytes(rest) if rest else b""
+    own = place.parts[0][0], found.name, found.batch
+    called = {} if own == usual else {"suffix": own[0], "array": own[1], "batch": "1" if own[2] else ""}
+    packed = safetensors_bytes(rest, called) if rest or called else b""
     return CacheRow(values, extras={REST.name: np.frombuffer(packed, np.uint8)})
 
 
@@ -319,9 +329,9 @@ def _ours(outgoing: Outgoing, row: OutRow) -> Iterator[tuple[str, bytes]]:
 
 def _foreign(outgoing: Outgoing, row: OutRow, tar: str) -> Iterator[tuple[str, bytes]]:
     """A row's members as they were called in the tar that it came from."""
-    sample, notes = row.key[len(tar) + 1 :], outgoing.notes
-    rest = row.extras.get(REST.name)
-    others = read_safetensors(rest.tobytes())[0] if rest is not None and len(rest) else {}
+    sample, rest = row.key[len(tar) + 1 :], row.extras.get(REST.name)
+    others, called = read_safetensors(rest.tobytes()) if rest is not None and len(rest) else ({}, {})
+    notes = {**outgoing.notes, **called}
     beside = {name[1:]: tensor.numpy().tobytes() for name, tensor in others.items() if name.startswith("/")}
     within = {name: tensor for name, tensor in others.items() if not name.startswith("/")}
     stem, _, kind = str(notes["suffix"]).rpartition(".")

@@ -49,6 +49,8 @@ class ConvertConfig:
                 raise ValueError(
                     f"--scaling-factor: expected auto, unknown or a number other than 0, got {self.scaling_factor!r}"
                 )
+        if self.shift_factor and self.scaling_factor in ("auto", "unknown"):
+            raise ValueError(f"--shift-factor {self.shift_factor}: expected it beside --scaling-factor X")
         if any(size < 1 for size in self.latent_shape):
             raise ValueError(f"--latent-shape: expected sizes >= 1, got {self.latent_shape}")
         if self.to != "dataset" and self.format != "auto":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import os
 import re
 import threading
@@ -25,12 +24,16 @@ from torch import Tensor
 from fastlatent.data.numpy_files import MAX_AXES, npy_bytes, npz_bytes, read_npy, read_npz
 from fastlatent.data.packed_files import (
     GZIP,
+    STORED,
     Buffer,
     DamagedArrays,
     guarded,
     gunzip,
+    member_bytes,
+    reader,
     zip_members,
 )
+from fastlatent.data.tensor_files import read_safetensors, safetensors_bytes
 
 __all__ = [
     "DamagedArrays", "extract_latent", "find_latent", "map_pt", "npy_bytes", "npz_bytes", "pt_bytes", "read_npy",
@@ -51,13 +54,6 @@ _CORES = ("core", "_core")  # of numpy 1 and 2
 _SAFE_GLOBALS = threading.Lock()  # torch keeps the names that weights_only allows for the whole process
 
 _BFLOAT16_BITS = (np.dtype("<u2"), np.dtype("<i2"))  # bfloat16 through a view, as torch's users save it
-_SAFETENSORS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
-    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-}  # fmt: skip
-_SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS.items()}
 
 
 @guarded
@@ -99,16 +95,15 @@ def _pt_storages(data: Buffer, checked: bool = True) -> tuple[set[int] | None, b
     advice = "expected a file of torch.save (a zip archive)"
     if data[:2] != b"PK":
         raise DamagedArrays(f"{advice}, got one that starts with {bytes(data[:8])!r}; make it again")
-    view, order, special = memoryview(data), b"little", False
+    read, order, special = reader(data), b"little", False
     try:
-        members = zip_members(view)
+        members = [(one, member_bytes(read, one)) for one in zip_members(read, len(data))]
     except DamagedArrays as error:
         raise DamagedArrays(f"{advice}, got {error}") from None
     sizes = set()
-    for name, deflated, crc, packed, size, begin in members:
-        if deflated:  # torch would inflate 1 GB of a record that takes 1 MB
+    for (name, method, crc, _, size, _), content in members:
+        if method != STORED:  # torch would inflate 1 GB of a record that takes 1 MB
             raise DamagedArrays(f"{advice}, got an archive with compressed records; make it again")
-        content = view[begin : begin + packed]
         # 0: torch.serialization.set_crc32_options(False)
         if checked and crc and zlib.crc32(content) != crc:
             raise DamagedArrays(f"{advice}, got a damaged one: the checksum of {name!r:.80} is wrong; make it again")
@@ -209,32 +204,6 @@ def _checked_pt(loaded: Any, sizes: set[int] | None, length: int) -> Any:
     return loaded
 
 
-@guarded
-def read_safetensors(data: Buffer) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, metadata) of a .safetensors file, also of a .gz.
-
-    Raises:
-        DamagedArrays: no such file, torn, a dtype that torch does not have.
-    """
-    import safetensors
-
-    whole = bytes(gunzip(data)) if data[:2] == GZIP else bytes(data)
-    try:
-        entries = safetensors.deserialize(whole)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise DamagedArrays(f"damaged or no .safetensors file ({error}); make it again") from None
-    tensors = {}
-    for name, entry in entries:
-        dtype = _SAFETENSORS.get(entry["dtype"])
-        if dtype is None:
-            raise DamagedArrays(f"{name!r:.80}: expected one of {', '.join(_SAFETENSORS)}, got {entry['dtype']}")
-        values = entry["data"]
-        flat = torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.reshape(entry["shape"])
-    header = whole[8 : 8 + int.from_bytes(whole[:8], "little")]
-    return tensors, json.loads(header).get("__metadata__") or {} if b"__metadata__" in header else {}
-
-
 def extract_latent(loaded: Any) -> Tensor:
     """The one latent in what a file held, contiguous, of FLOATS, its dtype kept.
 
@@ -317,29 +286,6 @@ def _compact(value: Any) -> Any:
     if type(value) is dict:
         return {name: _compact(one) for name, one in value.items()}
     return type(value)(map(_compact, value)) if type(value) in (list, tuple) else value
-
-
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """What safetensors.torch.save writes, with the metadata in the order of its names.
-
-    The library itself writes metadata in an order that changes from process to process.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}} if metadata else {}
-    parts, end = [b"", b""], 0
-    for name in order:
-        tensor = tensors[name].detach().cpu().contiguous()
-        content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        header[name] = {
-            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end := end + len(content)],
-        }
-        parts.append(content)
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    parts[:2] = len(text).to_bytes(8, "little"), text
-    return b"".join(parts)
 
 
 _VALUES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}

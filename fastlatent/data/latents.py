@@ -85,7 +85,7 @@ class LatentDataset(torch.utils.data.Dataset):
 
     @property
     def autoencoder(self) -> dict[str, Any]:
-        """Identity of the autoencoder that made the latents, and the path it had then."""
+        """Identity of the autoencoder that made the latents, where it is known, and the `path` it had then, or None."""
         provenance = self.store.provenance
         return {**provenance["hashed"].get("vae", {}), "path": provenance["informational"].get("vae_path")}
 

@@ -23,6 +23,7 @@ from fastlatent.data.packed_files import (
     damaged_gzip,
     guarded,
     member_content,
+    reader,
     zip_members,
 )
 
@@ -147,19 +148,19 @@ def read_npz(data: Buffer, names: Collection[str] | None = None) -> dict[str, np
     """
     if data[:2] != b"PK":
         raise DamagedArrays(f"expected a .npz file of numpy.savez, got one that starts with {bytes(data[:8])!r}")
-    view = memoryview(data)
-    members = [member for member in zip_members(view) if member.name.endswith(".npy")]
-    check_unpacked(sum(member.size for member in members if member.deflated), len(view))
+    read = reader(data)
     arrays: dict[str, np.ndarray] = {}
     seen = set()
-    for member in members:
-        name = member.name[:-4]
+    for member in zip_members(read, len(data)):
+        name = member.name.removesuffix(".npy")
+        if name == member.name:
+            continue
         if name in seen:
             raise DamagedArrays(f"expected each array once, got {name!r:.80} twice; make it again")
         seen.add(name)
         if names is not None and name not in names:
             continue
-        content = member_content(view, member, len(view))
+        content = member_content(read, member)
         try:
             arrays[name] = read_npy(content)
         except DamagedArrays as error:

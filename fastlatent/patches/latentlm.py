@@ -64,7 +64,7 @@ def apply(model: Any, handle: PatchHandle) -> None:
     layout = _layout(model)
     assert layout is not None
     fused = _Fused(model, layout)
-    _prove(model, layout, fused)
+    fused.live.get()
     handle.replace(model, "sample_with_cfg", _sampler(model.sample_with_cfg, fused))
 
 
@@ -98,18 +98,14 @@ class _Fused(FusedLoop):
     def __init__(self, model: Any, layout: _Layout) -> None:
         super().__init__()
         self._model, self._layout = model, layout
-        self._parts: dict[str, nn.Module] = {}
-        self._live = self._head_of_now()
+        self.live = LiveHead(self._head, layout.family, self._prove)
 
-    def _head_of_now(self) -> LiveHead:
-        now = {name: getattr(self._model, name) for name in self._layout.modules}
-        if any(self._parts.get(name) is not module for name, module in now.items()):
-            # The head alone: the backbone's weights are not compared at each token.
-            self._parts, self._live = now, LiveHead(nn.ModuleDict(now), self._layout.family)
-        return self._live
+    def _head(self) -> nn.Module:
+        """The head alone: the backbone's weights are not compared at each token."""
+        return nn.ModuleDict({name: getattr(self._model, name) for name in self._layout.modules})
 
     def embed(self, t: Tensor) -> Tensor:
-        return self._parts[self._layout.time](t)
+        return getattr(self._model, self._layout.time)(t)
 
     @torch.no_grad()
     def __call__(self, network: Any, noise: Tensor, schedule: Schedule) -> Tensor:
@@ -120,29 +116,31 @@ class _Fused(FusedLoop):
                 "patch: expected sample_with_cfg to hand functools.partial(forward_with_cfg, "
                 f"{self._layout.condition}=…, cfg_scale=…) to sample_func, got {network!r}; undo the patch"
             )
-        head = self._head_of_now().get()
+        head = self.live.get()
         condition = given[self._layout.condition].flatten(1)
         token = self.sample(head, schedule, condition, noise.flatten(1), given["cfg_scale"])
         return torch.cat([token, token]).view(noise.shape)
 
-
-def _prove(model: Any, layout: _Layout, fused: _Fused) -> None:
-    parameter = model.final_layer.get_parameter("linear.weight" if layout.family == "latentlm" else "out_proj.weight")
-    channels, hidden = parameter.shape
-    generator = torch.Generator().manual_seed(0)
-    shape = [channels if size == -1 else size for size in layout.token]
-    noise = torch.randn(4, *shape, generator=generator).to(parameter)
-    condition = torch.randn(4, 1, hidden, generator=generator).to(parameter)
-    network = functools.partial(model.forward_with_cfg, **{layout.condition: condition, "cfg_scale": 1.5})
-    proof = FlowMatchingProof()
-    loop = scheduler_loop(proof, 2)
-    schedule = learn(proof, loop, tuple(shape), parameter.device)
-    prove(
-        lambda: loop(network, noise)[:2],
-        lambda: fused(network, noise, schedule)[:2],
-        parameter,
-        f"{type(model).__name__}.forward_with_cfg",
-    )
+    def _prove(self) -> None:
+        model, layout = self._model, self._layout
+        parameter = model.final_layer.get_parameter(
+            "linear.weight" if layout.family == "latentlm" else "out_proj.weight"
+        )
+        channels, hidden = parameter.shape
+        generator = torch.Generator().manual_seed(0)
+        shape = [channels if size == -1 else size for size in layout.token]
+        noise = torch.randn(4, *shape, generator=generator).to(parameter)
+        condition = torch.randn(4, 1, hidden, generator=generator).to(parameter)
+        network = functools.partial(model.forward_with_cfg, **{layout.condition: condition, "cfg_scale": 1.5})
+        proof = FlowMatchingProof()
+        loop = scheduler_loop(proof, 2)
+        schedule = learn(proof, loop, tuple(shape), parameter.device)
+        prove(
+            lambda: loop(network, noise)[:2],
+            lambda: self(network, noise, schedule)[:2],
+            parameter,
+            f"{type(model).__name__}.forward_with_cfg",
+        )
 
 
 def scheduler_of(sample_func: Loop) -> Any:

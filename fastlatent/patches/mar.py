@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +23,15 @@ from torch import Tensor, nn
 from fastlatent.diffusion.rows import ddpm_rows, shifted
 from fastlatent.diffusion.solvers import SolverTable
 from fastlatent.heads.diffusion_head import DiffusionHead
-from fastlatent.ops.solver_step import S
+from fastlatent.ops.solver_step import S, solver_step_reference
 from fastlatent.patches.fused_loop import prove
 from fastlatent.patches.handle import PatchHandle
 from fastlatent.patches.live_head import LiveHead
 
 ARGUMENTS = ["z", "temperature", "cfg"]
 NORM_EPS = 1e-6
+# Published float32 coefficients: of two steps, from t = 999 where alpha is 5e-5, tokens are off by 4e-3.
+PROOF_OF_LOOP = 0.02
 
 
 def mismatch(model: Any) -> str:
@@ -94,7 +97,7 @@ def process_mismatch(process: Any) -> str:
 
 def adaln_mlp_mismatch(net: nn.Module) -> str:
     """Why a SimpleMLPAdaLN is not the published one, in what its weights do not show: activations and norms."""
-    modules = dict(net.named_modules())
+    modules = {path.removeprefix("_orig_mod."): module for path, module in net.named_modules()}  # of torch.compile
     blocks = [f"res_blocks.{i}." for i in range(len(modules.get("res_blocks") or ()))]
     activations = ["time_embed.mlp.1", "final_layer.adaLN_modulation.0"]
     for block in blocks:
@@ -121,55 +124,123 @@ class CastHead:
         owner: has the SimpleMLPAdaLN as `net`, and may be given another one.
         family: of `fastlatent.heads.spec.FAMILIES`.
         times: two times as the network is given them.
-
-    Raises:
-        ValueError: the weights are not those of a head of this family, or `net` computes something else with them.
     """
 
-    _cast: tuple[DiffusionHead, DiffusionHead] | None  # the live head, and it in autocast's dtype
-
     def __init__(self, owner: Any, family: str, times: Tensor) -> None:
-        self._owner, self._family, self._times = owner, family, times
-        self._adopt()
+        self._owner, self._times = owner, times
+        self._live = LiveHead(lambda: owner.net, family, self._prove)
 
     def get(self) -> DiffusionHead:
-        if self._owner.net is not self._net:
-            self._adopt()
+        """Raises ValueError where `net` computes something else than a head of this family with its weights."""
         head = self._live.get()
         own, kind = head.weights.dtype, head.weights.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
-        if own in (dtype, torch.float64):
-            return head
-        if self._cast is None or self._cast[0] is not head or self._cast[1].weights.dtype != dtype:
-            self._cast = head, DiffusionHead.from_state_dict(self._net.state_dict(), self._family, dtype=dtype)
-        return self._cast[1]
+        return head if own in (dtype, torch.float64) else self._live.get(dtype)
 
-    def _adopt(self) -> None:
-        if wrong := adaln_mlp_mismatch(self._owner.net):
+    def _prove(self) -> None:
+        """One evaluation against the module's."""
+        net, head = self._owner.net, self._live.get()
+        if wrong := adaln_mlp_mismatch(net):
             raise ValueError(f"patch: {wrong}")
-        live = LiveHead(self._owner.net, self._family)
-        self._prove(self._owner.net, live.get())
-        self._net, self._live = self._owner.net, live
-        self._cast = None
-
-    def _prove(self, net: Any, head: DiffusionHead) -> None:
-        """One evaluation against the module's, not under torch.compile (NextStep's decorator keeps `original`)."""
         if not net.final_layer.linear.weight.any():
             return  # not trained yet: zeros, whatever the modules are
         weight, generator = net.input_proj.weight, torch.Generator().manual_seed(0)
         sizes = head.spec.channels, head.spec.condition_channels
         x, c = (torch.randn(2, size, generator=generator).to(weight) for size in sizes)
         times = self._times.to(weight if self._times.is_floating_point() else weight.device)
-        original = getattr(net.forward, "original", None)
-        forward = net if original is None else functools.partial(original, net)
-        with torch.autocast(weight.device.type, enabled=False):
-            prove(lambda: forward(x, times, c), lambda: head(x, times, c), weight, "net")
+        forward = uncompiled(net, "forward")
+        prove(lambda: forward(x, times, c), lambda: head(x, times, c), weight, "net")
+
+
+def uncompiled(owner: Any, name: str) -> Callable[..., Tensor]:
+    """A method; past NextStep's decorator for torch.compile, which keeps the `original`."""
+    method = getattr(owner, name)
+    original = getattr(method, "original", None)
+    return method if original is None else functools.partial(original, owner)
+
+
+class KnownHead:
+    """In a head's place: outputs x + (1 - t/1000)² (cos t + the condition's first channel), and 0.2 for the variance.
+
+    Near t = 1000 that is noise alone, as of a trained network: else x would grow until nothing else could be seen.
+    """
+
+    def __init__(self, head: DiffusionHead) -> None:
+        self.spec, self.weights = head.spec, head.weights
+
+    def get(self) -> KnownHead:
+        return self
+
+    def __call__(self, x: Tensor, t: Tensor, c: Tensor, cfg_scale: float = 1.0) -> Tensor:
+        if cfg_scale != 1.0:
+            x = x[: len(x) // 2].repeat(2, 1)  # the second half's own noise counts nowhere
+        t = t.to(x)[:, None]
+        output = x + (1 - t / 1000).square() * (t.cos() + c[:, :1].to(x))
+        if cfg_scale != 1.0:
+            cond, null = output.chunk(2)
+            output = (null + cfg_scale * (cond - null)).repeat(2, 1)
+        rest = output.new_full((len(x), self.spec.out_channels - self.spec.channels), 0.2)
+        return torch.cat([output, rest], dim=1).to(self.weights.state_dtype)  # which the state takes on
+
+    def sample(
+        self, cond: Tensor, *, solver: SolverTable, noise: Tensor, step_noise: Tensor | None,
+        null_cond: Any = (), guidance_scale: Any = (),
+    ) -> Tensor:  # fmt: skip
+        """As DiffusionHead.sample."""
+        branches = [cond, *([null_cond] if isinstance(null_cond, Tensor) else null_cond)]
+        scales = [*([guidance_scale] if isinstance(guidance_scale, float) else guidance_scale), 1.0]
+        ways = [scales[0], *(after - before for before, after in itertools.pairwise(scales))]
+        state = torch.zeros(4, *noise.shape, dtype=torch.float64, device=noise.device)
+        state[0] = noise
+        guidance = state.new_tensor(ways[: len(branches)])[:, None].expand(-1, len(noise))
+        for k, (row, t) in enumerate(zip(solver.rows.to(state), solver.timesteps.to(state), strict=True)):
+            output = torch.stack([self(state[0], t.expand(len(noise)), c) for c in branches])
+            solver_step_reference(state, output, guidance, row, None if step_noise is None else step_noise[k])
+        return state[0]
+
+
+def prove_loop(
+    owner: Any, head: DiffusionHead, ours: Callable[[KnownHead], Callable[..., Tensor]], ways: int, *args: Any
+) -> None:
+    """Hold owner.sample against our loop, both with a network whose outputs are known: whatever its code is, it shows.
+
+    Args:
+        ours: our sample with that head.
+        ways: branches, of which the condition has two rows each.
+        args: of both samples, after the condition.
+
+    Raises:
+        ValueError: they give other tokens, or owner.sample does not run here.
+    """
+    known, weight = KnownHead(head), owner.net.input_proj.weight
+    rows, width = 2 * ways, head.spec.condition_channels
+    c = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    before, methods = dict(vars(owner.net)), ("forward", "forward_with_cfg")
+    try:
+        vars(owner.net).update(dict.fromkeys(methods, lambda x, t, c, cfg_scale=1.0: known(x, t, c, float(cfg_scale))))
+        theirs, where = uncompiled(owner, "sample"), f"{type(owner).__name__}.sample"
+        prove(lambda: theirs(c, *args)[:2], lambda: ours(known)(c, *args)[:2], c, where, PROOF_OF_LOOP)
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:  # MAR's own needs CUDA
+        raise ValueError(f"patch: expected {where} to run on {weight.device}, got {error!r:.300}") from error
+    finally:
+        for name in methods:
+            vars(owner.net).pop(name, None)
+        vars(owner.net).update(before)
 
 
 def sampler(loss: Any) -> Callable[..., Tensor]:
-    """What takes the place of DiffLoss.sample."""
-    cast = CastHead(loss, "mar", torch.tensor([3, 700]))
+    """What takes the place of DiffLoss.sample.
 
+    Raises:
+        ValueError: its weights are not those of MAR's head, or its code does something else.
+    """
+    cast = CastHead(loss, "mar", torch.tensor([3, 700]))
+    for ways, guidance in ((1, 1.0), (2, 1.5)):
+        prove_loop(loss, cast.get(), functools.partial(_sample, loss), ways, 0.9, guidance)
+    return _sample(loss, cast)
+
+
+def _sample(loss: Any, cast: CastHead | KnownHead) -> Callable[..., Tensor]:
     def sample(z: Tensor, temperature: float = 1.0, cfg: float = 1.0) -> Tensor:
         head, scale = cast.get(), float(cfg)
         guided = scale != 1.0

@@ -29,7 +29,7 @@ from fastlatent.diffusion.solvers import SolverTable
 from fastlatent.heads.diffusion_head import DiffusionHead
 from fastlatent.ops.solver_step import A, E, S
 from fastlatent.patches.handle import PatchHandle
-from fastlatent.patches.mar import CastHead, adaln_mlp_mismatch
+from fastlatent.patches.mar import CastHead, KnownHead, adaln_mlp_mismatch, prove_loop
 
 
 def mismatch(model: Any) -> str:
@@ -52,8 +52,11 @@ def apply(model: Any, handle: PatchHandle) -> None:
         ValueError: its weights are not those of NextStep's head.
     """
     [(path, head)] = _found(model).items()
-    cast = CastHead(head, "nextstep", torch.tensor([0.03, 0.7]))
-    handle.replace(head, "sample", RELEASES[_arguments(head)](cast), path)
+    cast, release = CastHead(head, "nextstep", torch.tensor([0.03, 0.7])), RELEASES[_arguments(head)]
+    before = (None,) if release is _training_code else ()  # the noise
+    for ways, scales in ((1, (1.0, 1.0)), (2, (1.5, 1.0)), (3, (1.5, 2.0))):
+        prove_loop(head, cast.get(), release, ways, *before, *scales, 1.5, 3)
+    handle.replace(head, "sample", release(cast), path)
 
 
 def _found(model: Any) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def _arguments(head: Any) -> tuple[str, ...]:
 # ---- the samplers of the releases --------------------------------------------------------------------------
 
 
-def _release_1(cast: CastHead) -> Callable[..., Tensor]:
+def _release_1(cast: CastHead | KnownHead) -> Callable[..., Tensor]:
     def sample(
         c: Tensor, cfg: float = 1.0, cfg2: float = 1.0, timesteps_shift: float = 1.0, num_sampling_steps: int = 20,
         last_step_size: float = 0.04, noise_repeat: int = 1,
@@ -86,7 +89,7 @@ def _release_1(cast: CastHead) -> Callable[..., Tensor]:
     return sample
 
 
-def _release_1_1(cast: CastHead) -> Callable[..., Tensor]:
+def _release_1_1(cast: CastHead | KnownHead) -> Callable[..., Tensor]:
     def sample(
         c: Tensor, cfg: float = 1.0, cfg_img: float = 1.0, timesteps_shift: float = 1.0, num_sampling_steps: int = 20,
         last_step_size: float = 0.0, noise_repeat: int = 1,
@@ -98,7 +101,7 @@ def _release_1_1(cast: CastHead) -> Callable[..., Tensor]:
     return sample
 
 
-def _training_code(cast: CastHead) -> Callable[..., Tensor]:
+def _training_code(cast: CastHead | KnownHead) -> Callable[..., Tensor]:
     def sample(
         c: Tensor, noise: Tensor | None = None, cfg: float = 1.0, cfg_img: float = 1.0, timesteps_shift: float = 1.0,
         num_sampling_steps: int = 20, last_step_size: float = 0.0, noise_repeat: int = 1, sde_solver: bool = False,
@@ -129,7 +132,7 @@ RELEASES = {
 
 
 def _with_shared_noise(
-    head: DiffusionHead, c: Tensor, cfg: float, cfg_img: float, solver: SolverTable, draws: int, repeat: int
+    head: DiffusionHead | KnownHead, c: Tensor, cfg: float, cfg_img: float, solver: SolverTable, draws: int, repeat: int
 ) -> Tensor:
     """Tokens whose noise, float32, is `repeat` rows over and over down the batch, anew at the first `draws` steps."""
     batch, device = _batch(c, cfg, cfg_img), head.weights.device
@@ -159,7 +162,13 @@ def _batch(c: Tensor, cfg: float, cfg_img: float) -> int:
 
 
 def _denoise(
-    head: DiffusionHead, c: Tensor, cfg: float, cfg_img: float, solver: SolverTable, start: Tensor, noise: Tensor | None
+    head: DiffusionHead | KnownHead,
+    c: Tensor,
+    cfg: float,
+    cfg_img: float,
+    solver: SolverTable,
+    start: Tensor,
+    noise: Tensor | None,
 ) -> Tensor:
     cond, *nulls = c.split(max(1, len(start)))
     scales = (float(cfg), float(cfg_img))

@@ -31,6 +31,7 @@ def patch(model: Any, *, family: str | None = None) -> PatchHandle:
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"patch: expected a family of {', '.join(FAMILIES)}, got {family!r}")
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls the methods of what it wraps
     modules = {
         name: importlib.import_module(f"fastlatent.patches.{FAMILIES[name]}")
         for name in ([family] if family else FAMILIES)

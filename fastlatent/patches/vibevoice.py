@@ -61,26 +61,8 @@ def apply(model: Any, handle: PatchHandle) -> None:
     layout = _layout(model)
     assert layout is not None
     loop = _Loop(model, layout)
-    _prove(model, layout, loop)
+    loop.live.get()
     handle.replace(model, layout.method, loop.port if layout is PORT else loop.original)
-
-
-def _prove(model: Any, layout: _Layout, loop: _Loop) -> None:
-    head = getattr(model.model, layout.head)
-    parameter = head.noisy_images_proj.weight
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(2, len(parameter), generator=generator).to(parameter) for _ in range(2))
-    theirs, where = getattr(model, layout.method), f"{type(model).__name__}.{layout.method}"
-    proof = FlowMatchingProof()
-    if layout is PORT:
-        prove(lambda: theirs(a, b, proof, 2, 1.5), lambda: loop.port(a, b, proof, 2, 1.5), parameter, where)
-        return
-    inner, settings = model.model, (model.model.noise_scheduler, model.ddpm_inference_steps)
-    try:
-        inner.noise_scheduler, model.ddpm_inference_steps = proof, 2
-        prove(lambda: theirs(a, b, 1.5), lambda: loop.original(a, b, 1.5), parameter, where)
-    finally:
-        inner.noise_scheduler, model.ddpm_inference_steps = settings
 
 
 def _layout(model: Any) -> _Layout | None:
@@ -96,11 +78,10 @@ class _Loop(FusedLoop):
 
     def __init__(self, model: Any, layout: _Layout) -> None:
         super().__init__()
-        self._model, self._layout = model, layout
-        self._module = getattr(model.model, layout.head)
-        self._live = LiveHead(self._module, "vibevoice")
+        self._model, self._layout, self._theirs = model, layout, getattr(model, layout.method)
+        self.live = LiveHead(self._module, "vibevoice", self._prove)
         # The published default; it differs between copies of the class.
-        self._cfg_scale = inspect.signature(getattr(model, layout.method)).parameters[layout.parameters[-1]].default
+        self._cfg_scale = inspect.signature(self._theirs).parameters[layout.parameters[-1]].default
         # Per scheduler and number of steps: what its config held, and what was learnt.
         self._schedules: WeakKeyDictionary[Any, dict[int, tuple[list[object], Schedule]]] = WeakKeyDictionary()
 
@@ -125,16 +106,34 @@ class _Loop(FusedLoop):
         return self._sample(condition, neg_condition, scheduler, steps, cfg_scale)
 
     def embed(self, t: Tensor) -> Tensor:
+        module = self._module()
         if self._layout is ORIGINAL:
-            return self._module.t_embedder(t)
-        return self._module.timestep_proj(self._module.timestep_embedding(t).to(t.dtype))
+            return module.t_embedder(t)
+        return module.timestep_proj(module.timestep_embedding(t).to(t.dtype))
+
+    def _module(self) -> Any:
+        return getattr(self._model.model, self._layout.head)
+
+    def _prove(self) -> None:
+        parameter = self._module().noisy_images_proj.weight
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.randn(2, len(parameter), generator=generator).to(parameter) for _ in range(2))
+        theirs, where = self._theirs, f"{type(self._model).__name__}.{self._layout.method}"
+        proof = FlowMatchingProof()
+        if self._layout is PORT:
+            prove(lambda: theirs(a, b, proof, 2, 1.5), lambda: self.port(a, b, proof, 2, 1.5), parameter, where)
+            return
+        model, inner = self._model, self._model.model
+        settings = inner.noise_scheduler, model.ddpm_inference_steps
+        try:
+            inner.noise_scheduler, model.ddpm_inference_steps = proof, 2
+            prove(lambda: theirs(a, b, 1.5), lambda: self.original(a, b, 1.5), parameter, where)
+        finally:
+            inner.noise_scheduler, model.ddpm_inference_steps = settings
 
     @torch.no_grad()
     def _sample(self, positive: Tensor, negative: Tensor, scheduler: Any, steps: int, scale: float) -> Tensor:
-        if getattr(self._model.model, self._layout.head) is not self._module:
-            self._module = getattr(self._model.model, self._layout.head)
-            self._live = LiveHead(self._module, "vibevoice")
-        head = self._live.get()
+        head = self.live.get()
         condition = torch.cat([positive, negative]).to(head.weights.device)
         # On the CPU and for both halves, of which the first counts: the published draw.
         noise = torch.randn(len(condition), head.spec.channels).to(condition)

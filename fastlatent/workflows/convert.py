@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 from fastlatent.config import ConvertConfig
 from fastlatent.workflows.convert_cache import ConvertReport
 from fastlatent.workflows.convert_in import convert_in
 from fastlatent.workflows.convert_out import convert_out
+from fastlatent.workflows.runtime import keep_freed_memory
 
 
 def convert(config: ConvertConfig) -> ConvertReport:
@@ -15,4 +18,9 @@ def convert(config: ConvertConfig) -> ConvertReport:
         ValueError: the source cannot be used as asked, or the folder holds something else; see `convert_in` and
             `convert_out`.
     """
-    return convert_in(config) if config.to == "dataset" else convert_out(config)
+    keep_freed_memory()  # 64 KiB that are mapped anew cost 250 µs, as much as to read them
+    gc.freeze()  # what is imported: to walk through it again and again took a third of the time of 2,000 rows
+    try:
+        return convert_in(config) if config.to == "dataset" else convert_out(config)
+    finally:
+        gc.unfreeze()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fastlatent.caches.cache import Cache, Told
 from fastlatent.caches.formats import format_of
-from fastlatent.sources.files import Files, Found, open_beside, open_files
+from fastlatent.sources.files import Files, Found, Listing, open_beside, open_files
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ def open_format(name: str, files: Files, found: Sequence[Found], latent_shape: t
         ValueError: it cannot be used so.
     """
     cache: Cache = format_of(name).open_cache(files, found, Told(latent_shape))
+    if isinstance(found, Listing) and found.left_out:  # links to nothing, folders that cannot be listed
+        unreadable = {files.place(path): why for path, why in found.left_out.items()}
+        cache = replace(cache, left_out={**cache.left_out, **unreadable})
     if not len(cache.items):
         why = "; ".join(f"{place}: {reason}" for place, reason in list(cache.left_out.items())[:3])
         raise ValueError(f"{files.root}: expected rows of {name}, got none that can be used{': ' + why if why else ''}")
     for item in cache.items:
-        pure = PurePosixPath(item.key)
-        if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in item.key or str(pure) != item.key:
+        if {"", ".", ".."} & set(item.key.split("/")) or "\0" in item.key:
             raise ValueError(f"{item.place}: expected names that stay inside a folder, got {item.key!r:.200}")
     return cache

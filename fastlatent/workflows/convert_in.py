@@ -29,13 +29,12 @@ from fastlatent.store.records import RAGGED, Bucket, PlannedItem, Quarantined, S
 from fastlatent.store.rows import Rows, Values
 from fastlatent.store.scan import Entry
 from fastlatent.store.shard import DTYPES as ARRAY_DTYPES
-from fastlatent.store.statistics import to_float64
 from fastlatent.store.writer import DatasetWriter
 from fastlatent.workflows.convert_cache import ConvertReport, list_source, open_format
 from fastlatent.workflows.convert_values import FLAGS, Scaling, settle_scaling, stored_dtype, to_raw
 from fastlatent.workflows.runtime import available_cores, keep_config, refuse_output_in_source
 
-MAX_UNIT_BYTES = 128 * 2**20  # of rows; two units are in memory: one is read while the last one is written
+MAX_UNIT_BYTES = 64 * 2**20  # of rows; two units are in memory: one is read while the last one is written
 CHUNK = 32  # rows that a thread reads before it hands over
 LISTED = 20  # damaged rows that a message names
 
@@ -265,7 +264,7 @@ class _Import:
             raise DamagedEntry(f"expected a latent {list(unit.bucket)} as in the first file, got {list(raw.shape)}")
         else:
             payload[k] = raw
-        return replace(row, values=row.values[:0])  # not kept twice
+        return CacheRow(row.values[:0], row.orig_hw, row.crop, row.extras)  # its values are not kept twice
 
     def _check(self, dataset: Dataset) -> int:
         """Read rows of the cache again and compare them with what the dataset's shards hold; how many.
@@ -278,7 +277,7 @@ class _Import:
             item = self.by_key[dataset.key(i)]
             row = self.cache.row(item, self.cache.content(item))
             raw = to_raw(row.values, self.cache.dtype, self.scaling, self.dtype)
-            if not np.array_equal(to_float64(stored_row(dataset, i), self.dtype), to_float64(raw, self.dtype)):
+            if stored_row(dataset, i).tobytes() != raw.tobytes():
                 raise ValueError(
                     f"{dataset.path}: row {item.key!r} differs from {item.place}: the source changed, or the disk is "
                     "at fault; run `fastlatent verify --full`"

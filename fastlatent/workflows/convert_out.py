@@ -48,13 +48,18 @@ def convert_out(config: ConvertConfig) -> ConvertReport:
     )
     if outgoing.payload != dataset.payload:
         print("the means of the posteriors are written: the format holds one latent for each image")
+    held = getattr(format, "EXTRAS", ())
+    same = dataset.provenance["hashed"].get("converted", {}).get("format") == config.to
+    lost = [] if same or held is None else [one.name for one in dataset.extras if one.name not in held]
+    if lost:
+        print(f"not written, since {config.to} has no place for them: {', '.join(lost)}")
     with StopRequest() as stop, Progress("write", outgoing.count, "rows") as progress:
         for rows in format.write(outgoing, out):
             progress.advance(rows)
             stop.check()
     os.sync()  # the files were renamed into place, not synced one by one: 100,000 of them would take minutes
     for left in out.rglob(f"{TEMPORARY}*"):  # of an export that was killed
-        left.unlink()
+        left.unlink(missing_ok=True)
     checked = _check(outgoing, out, config, format)
     _write_record(out, dataset, config, outgoing, complete=True)
     print(f"{out}: {outgoing.count:,} rows; {checked:,} read again and compared")
@@ -73,6 +78,8 @@ def _outgoing(dataset: Dataset, config: ConvertConfig, format: Any) -> Outgoing:
     stored = dataset.buckets[0].dtype
     written = getattr(format, "DTYPE", "F32" if stored == "I8" else stored)
     dtype = FLAGS.get(config.dtype) or (converted["dtype"] if same else written)
+    if hasattr(format, "DTYPE") and dtype not in (written, converted.get("dtype") if same else None):
+        raise ValueError(f"--dtype {config.dtype}: expected auto or float32, which {config.to} holds")
     channels = dataset.buckets[0].channels
     if same and config.scaling_factor == "auto":
         scaling = Scaling.recorded(converted["scaling"])
@@ -147,21 +154,23 @@ def _claim_folder(out: Path, dataset: Dataset, config: ConvertConfig, outgoing: 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: expected a folder, got a file")
     record = out / RECORD
-    if record.exists():
+    # Another process may be about to begin the same export.
+    held = [one for one in out.iterdir() if not one.name.startswith(TEMPORARY)] if out.exists() else []
+    if record in held:
         try:
             before = json.loads(record.read_text(encoding="utf-8"))
         except ValueError:
             before = None
-        ours = _record(dataset, config, outgoing)
-        if not isinstance(before, dict) or {**before, "complete": False} != ours:
+        if isinstance(before, dict) and {**before, "complete": False} == _record(dataset, config, outgoing):
+            return
+        if len(held) > 1:  # else the format has refused the rows before its first file
             raise ValueError(
                 f"--out {out}: expected the export of these rows, or an empty folder; {record} is of "
                 "others: use another folder"
             )
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out}: expected an empty folder, it holds {next(out.iterdir()).name}")
-    else:
-        _write_record(out, dataset, config, outgoing, complete=False)
+    elif held:
+        raise ValueError(f"--out {out}: expected an empty folder, it holds {held[0].name}")
+    _write_record(out, dataset, config, outgoing, complete=False)
 
 
 def _record(dataset: Dataset, config: ConvertConfig, outgoing: Outgoing) -> dict[str, Any]:
@@ -180,7 +189,12 @@ def _record(dataset: Dataset, config: ConvertConfig, outgoing: Outgoing) -> dict
 
 
 def _write_record(out: Path, dataset: Dataset, config: ConvertConfig, outgoing: Outgoing, *, complete: bool) -> None:
-    write_atomic(out / RECORD, canonical_json({**_record(dataset, config, outgoing), "complete": complete}) + b"\n")
+    record = {**_record(dataset, config, outgoing), "complete": complete}
+    try:
+        write_atomic(out / RECORD, canonical_json(record) + b"\n")
+    except FileNotFoundError:  # another process that makes the same export has cleaned up, and writes the same
+        if not (out / RECORD).exists():
+            raise
 
 
 def _check(outgoing: Outgoing, out: Path, config: ConvertConfig, format: Any) -> int:

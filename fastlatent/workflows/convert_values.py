@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Scaling:
     def of(cls, factor: float, shift: float) -> Scaling:
         return cls(np.float64(shift), np.float64(1 / factor))
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         return bool((self.std == 1).all() and (self.mean == 0).all())
 

@@ -188,8 +188,8 @@ class _Pull:
     def run(self) -> dict[str, Any]:
         """Bring OUT to the repository's generation; its dataset.json."""
         out, stage = self.out, self.out / STAGE
-        self._fetch(ROOT, stage)
-        self._fetch(PROVENANCE, stage)
+        for name in (ROOT, PROVENANCE):  # anew each time: one that came damaged would be taken for whole
+            self._fetch(name, stage, again=True)
         root = _root(stage)
         data, told = read_bytes(stage / ROOT), read_provenance(stage)
         if fingerprint_of(told["hashed"]) != root["fingerprint"]:

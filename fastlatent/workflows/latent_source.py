@@ -178,7 +178,9 @@ class _DatasetSource(LatentSource):
             )
         self.mirrored = flips == 2
         self.channels, self.side, self.count = stored // (2 if store.payload == "moments" else 1), sides[0], len(store)
-        self.classes, self.vae = store.classes, self.dataset.autoencoder
+        self.classes = store.classes
+        # Of a converted cache nothing may be known, of a merged dataset not the path.
+        self.vae = {name: one for name, one in self.dataset.autoencoder.items() if one is not None}
         self.unlabelled = int((store.label < 0).sum())
         # What a batch is made of; a dataset that was only touched is the same data.
         digests = [

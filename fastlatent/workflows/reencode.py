@@ -43,6 +43,8 @@ def reencode(config: VerifyConfig) -> tuple[list[Finding], str]:
     """
     dataset = Dataset.open(config.dataset)
     recorded = dataset.provenance["informational"]
+    if "converted" in dataset.provenance["hashed"]:
+        raise ValueError(f"{dataset.path}: its rows were converted from a cache, not encoded; leave --reencode")
     source = _there("--source", config.source or recorded.get("source"))
     if "view" in dataset.provenance["hashed"]:
         settings = _settings_of_clips(dataset, config.vae, source, config.device)

@@ -34,7 +34,7 @@ def set_up(device: str, threads: int) -> torch.device:
     Raises:
         ValueError: the device is not there or not a device.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
     torch.set_num_threads(threads or max(1, available_cores() // processes))
     if device == "auto":
@@ -61,7 +61,7 @@ def set_up(device: str, threads: int) -> torch.device:
     return chosen
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the next allocation.
 
     By default it gives blocks of 32 MB and more back to the system, and gets the next one zeroed page by page: half of

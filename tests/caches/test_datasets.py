@@ -160,3 +160,13 @@ def test_the_package_reads_it(tmp_path):
         np.testing.assert_array_equal(arrays[k]["moments"], exact[0])
         assert torch.equal(tensors[k]["moments_flip"].float(), torch.from_numpy(exact[1]))
         assert loaded[k]["caption"] == f"caption {key[4:-4]} é"
+
+
+def test_what_a_format_has_no_place_for_is_named(tmp_path, capsys):
+    path, _ = dataset(tmp_path / "d", tmp_path / "source")
+    line = "not written, since mar has no place for them: caption, text, weight"
+    for to in ("datasets", "webdataset", "mar"):
+        convert(build(ConvertConfig, {}, {"source": str(path), "out": str(tmp_path / to), "to": to}))
+        assert (line in capsys.readouterr().out) == (to == "mar")
+    convert(build(ConvertConfig, {}, {"source": str(tmp_path / "webdataset"), "out": str(tmp_path / "again")}))
+    assert "7 members .txt are not converted" in capsys.readouterr().out

@@ -202,13 +202,12 @@ def test_hostile_zip_files(tmp_path):
     assert "got 100,000" in reasons["img-mean-std-00000006.npy"]
     items = {item.key: item for item in cache.items}
     assert sorted(items) == [name_of(0), name_of(1), name_of(3)]
-    with pytest.raises(DamagedEntry, match="stored as it is, got one compressed"):
-        cache.content(items[name_of(1)])
+    assert cache.content(items[name_of(1)]) == files[name_of(1)]
     flipped = bytearray(good)
     flipped[good.find(b"\x93NUMPY") + 200] ^= 1
     path.write_bytes(flipped)
     cache = opened(path)
-    with pytest.raises(DamagedEntry, match="CRC-32"):
+    with pytest.raises(DamagedEntry, match="checksum"):
         cache.content(cache.items[0])
     end = good.rfind(b"PK\5\6")
     for data in (
@@ -218,7 +217,7 @@ def test_hostile_zip_files(tmp_path):
         good[:end],
     ):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"half written|the directory (claims|is damaged)|expected .* members"):
+        with pytest.raises(ValueError, match="a damaged zip archive"):
             opened(path)
         files_of, name = open_beside(path)
         assert edm2.claims(files_of, [files_of.stat(name)]) == 0

@@ -152,7 +152,7 @@ def test_damaged_files_are_named(tmp_path):
     cache = opened(tmp_path / "c")
     reasons = {Path(place).stem[-1]: why for place, why in cache.left_out.items()}
     assert sorted(reasons) == list("0134567")
-    assert "got both" in reasons["0"] and "half written" in reasons["1"] and "without latents_flipped" in reasons["3"]
+    assert "got both" in reasons["0"] and "truncated" in reasons["1"] and "without latents_flipped" in reasons["3"]
     assert "16 channels" in reasons["4"] and "pickled" in reasons["5"] and "latents_8x8 are [4, 4, 6]" in reasons["6"]
     assert "latents claim 3,840 bytes, the file has 384" in reasons["7"]
     assert [item.key for item in cache.items] == ["img2.npz", "img8.npz"]

@@ -294,3 +294,17 @@ def test_the_package_reads_them(images, tmp_path):
     for moments, flip, label, said in samples:
         np.testing.assert_array_equal(moments[..., ::-1], flip)
         assert said["key"].startswith(("ant", "bee.v2")[label])
+
+
+def test_samples_that_are_called_otherwise_than_most_keep_their_names(tmp_path):
+    members = [("a.npy", npy(latent(0))), ("b.latents.npy", npy(latent(1))), ("c.npy", npy(latent(2)))]
+    members += [("d.npz", npz(latents=latent(3), other=latent(4))), ("e.pt", pt({"moved": torch.ones(1, 4, 2, 3)}))]
+    tar(tmp_path / "cache/x.tar", members)
+    run(tmp_path / "cache", tmp_path / "latents", scaling_factor="1")
+    run(tmp_path / "latents", tmp_path / "back", to="webdataset")
+    before, after = (contents(tmp_path / one / "x.tar") for one in ("cache", "back"))
+    assert list(before) == list(after)
+    assert all(before[name] == after[name] for name in before if name.endswith(".npy"))
+    with np.load(io.BytesIO(after["d.npz"])) as archive:
+        assert archive.files == ["latents", "other"] and np.array_equal(archive["other"], latent(4))
+    assert torch.equal(torch.load(io.BytesIO(after["e.pt"]))["moved"], torch.ones(1, 4, 2, 3))

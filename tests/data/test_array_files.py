@@ -208,7 +208,9 @@ def test_what_extract_latent_refuses(loaded, message):
 
 
 def refused(reader, data: bytes, message: str) -> None:
-    """And without allocating more than four times the bytes (64 KiB are Python's own)."""
+    """And without allocating more than four times the bytes (64 KiB are Python's own, once it has imported all)."""
+    with pytest.raises(DamagedArrays, match=message):
+        reader(data)
     tracemalloc.start()
     with pytest.raises(DamagedArrays, match=message):
         reader(data)
@@ -242,9 +244,9 @@ def test_claims_are_not_believed():
     refused(read_npz, zipped(header("(1099511627776,)")), "'a': truncated")
     bomb = zipped(header("(1000000000,)") + bytes(100_000_000), zipfile.ZIP_DEFLATED)
     refused(read_npz, bomb, "expected at most 64 bytes unpacked")
-    refused(read_safetensors, (2**60).to_bytes(8, "little") + b"{}", "damaged or no .safetensors")
+    refused(read_safetensors, (2**60).to_bytes(8, "little") + b"{}", "expected a safetensors file, got 10 bytes")
     text = b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
-    refused(read_safetensors, len(text).to_bytes(8, "little") + text, "damaged or no .safetensors")
+    refused(read_safetensors, len(text).to_bytes(8, "little") + text, "expected 4398046511190 bytes as its header says")
 
 
 def test_bombs_of_gzip(monkeypatch):
@@ -274,11 +276,11 @@ def test_what_the_directory_of_a_zip_may_not_say():
         (changed(directory + 42, "<L", 7), "is not where it should be"),
         (changed(directory + 42, "<L", 10**9), "a damaged zip archive"),
         (changed(directory + 10, "<H", 12), "expected a stored or deflated member, got method 12"),
-        (changed(directory + 8, "<H", 1), "got method 0, flags 1"),
+        (changed(directory + 8, "<H", 1), "member, got an encrypted one"),
         (changed(directory, "<L", 0), "directory is torn"),
-        (changed(len(data) - 6, "<L", 10**9), "lies behind its end"),
-        (changed(len(data) - 6, "<L", 2**32 - 1), "its end is torn"),
-        (changed(len(data) - 12, "<H", 2), "directory is torn|damaged zip"),
+        (changed(len(data) - 6, "<L", 10**9), "its directory claims"),
+        (changed(len(data) - 6, "<L", 2**32 - 1), "its directory claims"),
+        (changed(len(data) - 12, "<H", 2), "its directory claims 2 members"),
         (data[:-30], "directory is missing"),
         (b"PK\5\6" + bytes(3), "directory is missing"),
         (npz_bytes({"a": VALUES, "b": VALUES}).replace(b"b.npy", b"a.npy"), "each array once, got 'a' twice"),

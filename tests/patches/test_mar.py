@@ -212,6 +212,34 @@ def other_arguments(loss):
     loss.sample = lambda z, temperature=1.0, cfg=1.0, steps=50: z
 
 
+def other_loop(loss):
+    class Fork(toy_mar.DiffLoss):
+        def sample(self, z, temperature=1.0, cfg=1.0):
+            return super().sample(z, 0.9 * temperature, cfg)
+
+    loss.__class__ = Fork
+
+
+def hooked(loss):
+    loss.net.res_blocks[0].mlp[0].register_forward_hook(lambda module, inputs, output: 1.5 * output)
+
+
+class Quantised(torch.Tensor):
+    """As torchao's: a float tensor by its dtype, int8 by what it holds."""
+
+
+def quantised(loss):
+    linear = loss.net.res_blocks[0].mlp[2]
+    linear.weight = nn.Parameter(linear.weight.data.as_subclass(Quantised), requires_grad=False)
+
+
+def adapted(loss):
+    """As peft's LoRA."""
+    block, wrapper = loss.net.res_blocks[0], nn.Module()
+    wrapper.base_layer, wrapper.lora_A = block.mlp[2], nn.Linear(32, 2)
+    block.mlp[2] = wrapper
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -225,6 +253,10 @@ def other_arguments(loss):
         (predicts_data, "model_mean_type EPSILON, got ModelMeanType.START_X"),
         (other_forward, "expected net to compute what the published one does"),
         (other_arguments, r"sample\(z, temperature, cfg\), got \(z, temperature, cfg, steps\)"),
+        (other_loop, "expected Fork.sample to compute what the published one does"),
+        (hooked, "without forward hooks.*got one on res_blocks.0.mlp.0"),
+        (quantised, "plain weights, got Quantised as res_blocks.0.mlp.2.weight"),
+        (adapted, "res_blocks.0.mlp.2.(base_layer|lora_A)"),
     ],
 )
 def test_look_alikes_are_refused_and_nothing_is_replaced(spoil, message):
@@ -245,6 +277,39 @@ def test_a_process_that_is_exchanged_for_another_kind_is_refused():
         loss.gen_diffusion = toy_mar.create_diffusion("8")
         with pytest.raises(ValueError, match="conditional and null rows, got 3"):
             loss.sample(z[:3], cfg=2.0)
+
+
+@pytest.mark.parametrize(
+    "spoil, message", [(hooked, "forward hooks"), (quantised, "Quantised"), (adapted, "base_layer|lora_A")]
+)
+def test_what_is_done_to_a_patched_head_is_not_passed_over(spoil, message):
+    loss, z = make_loss(), conditions(4, torch.float32)
+    with patch(loss):
+        spoil(loss)
+        for _ in range(2):  # and the second time not either
+            with pytest.raises(ValueError, match=message):
+                loss.sample(z)
+
+
+def test_a_head_that_is_trained_later_is_proved_then():
+    loss, z = make_loss(), conditions(4, torch.float32)
+    for parameter in loss.net.final_layer.linear.parameters():
+        parameter.zero_()  # as it is initialised: nothing in the head shows
+    other_forward(loss)
+    with patch(loss):
+        toy_mar.randomise(loss)
+        with pytest.raises(ValueError, match="expected net to compute what the published one does"):
+            loss.sample(z)
+
+
+def test_compiled_heads_and_models():
+    loss, z = make_loss(), conditions(4, torch.float32)
+    loss.net = torch.compile(loss.net, backend="eager")
+    theirs, _ = run(loss, z, cfg=2.0)
+    with patch(torch.compile(loss, backend="eager")) as handle:  # whose methods are those of what it wraps
+        assert handle.replaced == ["sample"] and "sample" in vars(loss)
+        assert error(run(loss, z, cfg=2.0)[0][:2], theirs[:2]) < FLOAT32_TABLES
+    assert "sample" not in vars(loss) and torch.equal(run(loss, z, cfg=2.0)[0], theirs)
 
 
 def test_what_is_no_mar_is_named():

@@ -188,6 +188,15 @@ def other_arguments(head):
     head.sample = lambda c, cfg=1.0, steps=20: c
 
 
+def other_loop(head):
+    class Fork(type(head)):
+        def sample(self, c, cfg=1.0, cfg2=1.0, timesteps_shift=1.0, num_sampling_steps=20, last_step_size=0.04,
+                   noise_repeat=1):  # fmt: skip
+            return super().sample(c, cfg, cfg2, 1.1 * timesteps_shift, num_sampling_steps, last_step_size, noise_repeat)
+
+    head.__class__ = Fork
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -197,6 +206,7 @@ def other_arguments(head):
         (swiglu, "net.res_blocks.0.mlp.1 to be SiLU, got NoneType"),
         (time_times_1000, "expected net to compute what the published one does"),
         (other_arguments, r"got \(c, cfg, steps\)"),
+        (other_loop, "expected Fork.sample to compute what the published one does"),
     ],
 )
 def test_look_alikes_are_refused_and_nothing_is_replaced(spoil, message):

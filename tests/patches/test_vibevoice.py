@@ -125,6 +125,36 @@ def test_modes_of_torch(model):
         assert both(made, noise) < 1e-5
 
 
+def test_autocast_rounds_nothing_that_is_kept(model):
+    """Neither the proof nor the time embeddings; the backbone's conditions are bfloat16 then."""
+    noise = scheduler()
+    torch.manual_seed(0)
+    want = latent(model, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        handle = patch(model)
+        latent(model, noise)
+        with torch.no_grad():
+            conditions = (torch.ones(2, 64, dtype=torch.bfloat16),) * 2
+            assert model._sample_audio_latent(*conditions, noise, 5, 1.3).dtype == torch.bfloat16
+    torch.manual_seed(0)
+    assert relative(latent(model, noise), want) < 1e-5
+    handle.undo()
+
+
+class QuickGelu(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_another_activation_shows_through_rounding(dtype):
+    model = tiny()
+    for layer in model.model.diffusion_head.layers:
+        layer.ffn.act_fn = QuickGelu()
+    with pytest.raises(ValueError, match="other tokens"):
+        patch(model.to(dtype))
+
+
 def test_bfloat16_errs_no_more_than_unpatched(monkeypatch):
     model = tiny().bfloat16()
     exact = copy.deepcopy(model).double()

@@ -62,10 +62,14 @@ def run(job: dict) -> list[int | None]:
 
 
 def main() -> None:
+    import fastlatent.workflows.convert
     import fastlatent.workflows.decode_experiment
     import fastlatent.workflows.encode
     import fastlatent.workflows.train_ar  # noqa: F401  # torch and diffusers, before the forks
+    from fastlatent.caches.formats import FORMATS, format_of
 
+    for name in FORMATS:
+        format_of(name)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
     for line in sys.stdin:

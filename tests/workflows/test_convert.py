@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from toy_mar_cache import make_mar
 
+from fastlatent.caches.outgoing import put_file
 from fastlatent.config import ConvertConfig, build
 from fastlatent.store.reader import Dataset
 from fastlatent.workflows.convert import convert
@@ -151,6 +152,56 @@ def test_a_mixed_folder_is_refused_and_each_format_named(mar, tmp_path):
     assert run(root, tmp_path / "latents", format="mar").rows == 120
 
 
+def test_links_to_nothing_are_rows_that_cannot_be_used(mar, tmp_path):
+    root = tmp_path / "cache"
+    shutil.copytree(mar[0], root)
+    os.symlink("nowhere.npz", root / "class0" / "lost.npz")
+    with pytest.raises(ValueError, match=r"lost\.npz: cannot be read: No such file"):
+        run(root, tmp_path / "latents")
+    assert run(root, tmp_path / "latents", max_errors=1).rows == 120
+
+
+def test_three_exports_at_once_into_one_folder(mar, forked, tmp_path):
+    run(mar[0], tmp_path / "latents")
+    argv = ["convert", str(tmp_path / "latents"), "--to", "webdataset", "--unit-rows", "7", "--out"]
+    assert forked({"argv": [*argv, str(tmp_path / "one")]}) == [[0]]
+    (codes,) = forked({"argv": [*argv, str(tmp_path / "back")], "count": 3})
+    assert codes == [0, 0, 0], [(tmp_path / f"log-1-{i}.txt").read_text() for i in range(3)]
+    assert tree(tmp_path / "back") == tree(tmp_path / "one")
+
+
+def test_a_file_that_another_export_finished_and_swept_is_there(tmp_path):
+    def write(file):
+        (temporary,) = tmp_path.glob(".tmp-*")
+        temporary.unlink()  # as the other process does at its end, when every file is written
+        (tmp_path / "a").write_bytes(b"whole")
+
+    put_file(tmp_path / "a", write)
+    assert (tmp_path / "a").read_bytes() == b"whole"
+    (tmp_path / "a").unlink()
+    with pytest.raises(FileNotFoundError):
+        put_file(tmp_path / "a", lambda file: [one.unlink() for one in tmp_path.glob(".tmp-*")])
+
+
+def test_bfloat16_becomes_float32_where_a_format_lacks_it(mar, tmp_path):
+    run(mar[0], tmp_path / "latents", dtype="bfloat16")
+    run(tmp_path / "latents", tmp_path / "back", to="mar", dtype="bfloat16")
+    with np.load(tmp_path / "back" / "class0" / "0000.JPEG.npz") as archive:
+        assert archive["moments"].dtype == np.float32
+        assert np.abs(archive["moments"] / mar[1]["class0/0000.JPEG"][0] - 1).max() <= 2**-8
+    with pytest.raises(ValueError, match="--dtype float16: expected auto or float32, which edm2 holds"):
+        run(tmp_path / "latents", tmp_path / "edm2", to="edm2", dtype="float16")
+
+
+def test_a_format_that_refuses_leaves_the_folder_to_another(mar, tmp_path):
+    run(mar[0], tmp_path / "latents")
+    with pytest.raises(ValueError, match="without a mirror image"):
+        run(tmp_path / "latents", tmp_path / "back", to="edm2")
+    run(tmp_path / "latents", tmp_path / "back", to="mar")
+    with pytest.raises(ValueError, match="is of others"):
+        run(tmp_path / "latents", tmp_path / "back", to="webdataset")
+
+
 def test_nothing_that_is_there_is_touched(mar, tmp_path):
     root, _ = mar
     (tmp_path / "full").mkdir()
@@ -210,6 +261,8 @@ def test_wrong_flags_say_what_was_expected(mar, tmp_path):
         run(root, tmp_path / "back", to="mar")
     with pytest.raises(ValueError, match="expected auto, unknown or a number"):
         run(root, tmp_path / "latents", scaling_factor="big")
+    with pytest.raises(ValueError, match="--shift-factor 0.5: expected it beside --scaling-factor"):
+        run(root, tmp_path / "latents", shift_factor=0.5)
     with pytest.raises(ValueError, match="expected a cache, got: No such file"):
         run(tmp_path / "nothing", tmp_path / "latents")
     with pytest.raises(ValueError, match="expected 1 for moments"):
@@ -219,6 +272,9 @@ def test_wrong_flags_say_what_was_expected(mar, tmp_path):
         run(tmp_path / "empty", tmp_path / "latents")
     with pytest.raises(ValueError, match="lies inside the source"):
         run(root, root / "latents")
+    run(root, tmp_path / "latents")
+    with pytest.raises(ValueError, match="got a dataset of fastlatent: say --to"):
+        run(tmp_path / "latents", tmp_path / "again")
 
 
 @pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.soak)])

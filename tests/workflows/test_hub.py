@@ -223,6 +223,19 @@ def test_damaged_downloads(repo, dataset, tmp_path, kind):
     assert current(tmp_path / "out") == current(dataset)
 
 
+@pytest.mark.parametrize("name", ["dataset.json", "provenance.json"])
+def test_what_names_the_rest_comes_damaged(repo, dataset, tmp_path, name):
+    push(dataset)
+    data = bytearray(repo.files()[name])
+    data[len(data) // 2] ^= 1
+    repo.damage[name] = bytes(data)
+    with pytest.raises(ValueError, match=r"dataset\.json|provenance\.json"):
+        pull(tmp_path / "out")
+    repo.damage.clear()
+    pull(tmp_path / "out")
+    assert current(tmp_path / "out") == current(dataset)
+
+
 def test_a_damaged_shard_is_not_uploaded(repo, dataset):
     shard = dataset / Dataset.open(dataset).shards[0].path
     data = bytearray(shard.read_bytes())
