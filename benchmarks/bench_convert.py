@@ -1,8 +1,8 @@
 """fastlatent convert against reading the same cache with its usual reader and writing the bytes.
 
-Caches of 2,000 images (MAR: moments and mirror image of KL-16, 64 KiB; frames: 12 KiB in a torch file; LightningDiT: 32
-KiB in two shards; EDM2: 32 KiB), of 200 clips (tokens: 1568 x 384 float16, 1.2 MB in a torch file), all in the page
-cache. "read-write", the rival: np.load, torch.load (weights_only) or safe_open of each file in turn, the arrays' bytes
+Caches of 4,000 images (MAR: moments and mirror image of KL-16, 64 KiB; frames: 12 KiB in a torch file; EDM2: 32 KiB),
+of 16,000 (LightningDiT: 32 KiB, in two shards), and of 400 clips (tokens: 1568 x 384 float16, 1.2 MB in a torch file),
+all in the page cache. "read-write", the rival: np.load, torch.load (weights_only) or safe_open of each file in turn, the arrays' bytes
 written to one file, which is synced at the end: one thread, as the projects read. "fastlatent" is the whole command:
 listing, digests, plan, conversion, statistics, shards synced, index; 64 rows read again. Times are per row. Export is
 the way back, "write": the rows of the dataset with the project's usual writer, one file after another.
@@ -34,7 +34,7 @@ from fastlatent.config import ConvertConfig, build
 from fastlatent.store.reader import Dataset
 from fastlatent.workflows.convert import convert
 
-ROWS = {"mar": 2000, "frames": 2000, "edm2": 2000, "lightningdit": 2000, "tokens": 200}
+ROWS = {"mar": 4000, "frames": 4000, "edm2": 4000, "lightningdit": 16000, "tokens": 400}
 CASES = [
     harness.Case(
         "convert",

@@ -34,7 +34,7 @@ from fastlatent.workflows.convert_cache import ConvertReport, list_source, open_
 from fastlatent.workflows.convert_values import FLAGS, Scaling, settle_scaling, stored_dtype, to_raw
 from fastlatent.workflows.runtime import available_cores, keep_config, refuse_output_in_source
 
-MAX_UNIT_BYTES = 64 * 2**20  # of rows; two units are in memory: one is read while the last one is written
+MAX_UNIT_BYTES = 128 * 2**20  # of rows; two units are in memory: one is read while the last one is written
 CHUNK = 32  # rows that a thread reads before it hands over
 LISTED = 20  # damaged rows that a message names
 
