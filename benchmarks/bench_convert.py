@@ -2,10 +2,12 @@
 
 Caches of 4,000 images (MAR: moments and mirror image of KL-16, 64 KiB; frames: 12 KiB in a torch file; EDM2: 32 KiB),
 of 16,000 (LightningDiT: 32 KiB, in two shards), and of 400 clips (tokens: 1568 x 384 float16, 1.2 MB in a torch file),
-all in the page cache. "read-write", the rival: np.load, torch.load (weights_only) or safe_open of each file in turn, the arrays' bytes
-written to one file, which is synced at the end: one thread, as the projects read. "fastlatent" is the whole command:
-listing, digests, plan, conversion, statistics, shards synced, index; 64 rows read again. Times are per row. Export is
-the way back, "write": the rows of the dataset with the project's usual writer, one file after another.
+all in the page cache.
+
+"read-write", the rival: np.load, torch.load (weights_only) or safe_open of each file in turn, the arrays' bytes written
+to one file, which is synced at the end: one thread, as the projects read. "fastlatent" is the whole command: listing,
+digests, plan, conversion, statistics, shards synced, index; 64 rows read again. Times are per row. Export is the way
+back, and "write" the rows of the dataset with the project's usual writer, one file after another.
 """
 
 from __future__ import annotations

@@ -217,6 +217,8 @@ def test_what_is_printed_reads_back(tmp_path, cls, changed):
         values = {field.name: other_value(field, hints[field.name]) for field in dataclasses.fields(cls)}
         if cls is config.EncodeConfig:
             values = {name: value for name, value in values.items() if name not in ("vae", "cache_dir")}
+        if cls is config.ConvertConfig:
+            values |= {"scaling_factor": "0.5", "format": "auto"}
         if "preset" in values:
             values["preset"] = next(iter(cls.PRESETS), None)
     resolved = config.build(cls, {}, values)

@@ -135,8 +135,9 @@ def _library() -> Finding:
     if library is None:
         return Finding("compiled library", "missing", "build it: pip install . (a C++17 compiler is needed)")
     functions = (
-        "advise_random, count_resident, diffusion_head_sample, gather_rows, group_norm_silu, linear, list_files, "
-        "populate_rows, read_rows, resize, resize_weights, sample_posterior, solver_step, take_listing"
+        "advise_random, count_resident, diffusion_head_sample, finite_rows, gather_rows, group_norm_silu, linear, "
+        "list_files, populate_rows, read_rows, resize, resize_weights, row_statistics, sample_posterior, solver_step, "
+        "take_listing"
     )
     return Finding("compiled library", f"libfastlatent_cpu.so: {functions}")
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,19 +11,8 @@ from fastlatent.store.reader import Dataset
 
 pytest.importorskip("safetensors")
 
-LINES = """
-import json
-from safetensors.numpy import load_file
-
-root = json.load(open(f"{path}/dataset.json"))
-shards = [s for m in root["manifests"] for s in json.load(open(f"{path}/{m['path']}"))["shards"]]
-index = load_file(f"{path}/{root['indexes'][0]['path']}")
-ends, utf8 = index["key.offsets"].tolist(), index["key.utf8"].tobytes()
-keys = [utf8[a:b].decode("utf-8", "surrogateescape") for a, b in zip(ends, ends[1:])]
-opened = {i: load_file(f"{path}/{shards[i]['path']}") for i in set(index["shard"].tolist())}
-moments = [opened[s]["moments"][r] for s, r in zip(index["shard"].tolist(), index["row"].tolist())]
-labels = [root["classes"][i] if i >= 0 else None for i in index["label"].tolist()]
-"""
+README = (Path(__file__).parents[2] / "README.md").read_text()
+LINES = README.split("is read without fastlatent too:\n\n```python\n")[1].split("```")[0]
 BLOCK = "import sys; sys.modules['fastlatent'] = sys.modules['torch'] = None; path, out = sys.argv[1:]"
 REPORT = "import numpy; numpy.savez(out, moments=moments, keys=keys, labels=labels)"
 
