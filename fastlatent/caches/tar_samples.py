@@ -290,7 +290,7 @@ def read_member(suffix: str, data: Any) -> tuple[np.ndarray, str, Kind, dict[str
                 )
             name = named
             tensors = [held.pop(name), *([held.pop(name + FLIP)] if name + FLIP in held else [])]
-            rest = {one: torch.as_tensor(array) for one, array in held.items()}
+            rest = {one: torch.from_numpy(np.array(array)) for one, array in held.items()}  # writable copies
         read = [to_values(extract_latent(one)) for one in tensors]
         parts, dtype = [array for array, _ in read], read[0][1]
         if len({(array.shape, kind) for array, kind in read}) > 1:
