@@ -290,7 +290,10 @@ def read_member(suffix: str, data: Any) -> tuple[np.ndarray, str, Kind, dict[str
                 )
             name = named
             tensors = [held.pop(name), *([held.pop(name + FLIP)] if name + FLIP in held else [])]
-            rest = {one: torch.from_numpy(np.array(array)) for one, array in held.items()}  # writable copies
+            rest = {
+                one: array if isinstance(array, torch.Tensor) else torch.from_numpy(array.copy())  # a writable copy
+                for one, array in held.items()
+            }
         read = [to_values(extract_latent(one)) for one in tensors]
         parts, dtype = [array for array, _ in read], read[0][1]
         if len({(array.shape, kind) for array, kind in read}) > 1:
