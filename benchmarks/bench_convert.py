@@ -69,16 +69,15 @@ def prepare(case: harness.Case) -> Iterator[harness.Prepared]:
             return folder / f"out{number}"
 
         if case.sizes["direction"] == "in":
-            ours = lambda: run(folder / "cache", fresh(), format=format)  # noqa: E731
+            source, settings = folder / "cache", {"format": format}
             theirs = {"read-write": lambda: lambda: read_and_write(folder, format)}
         else:
             run(folder / "cache", folder / "latents", format=format)
-            ours = lambda: run(folder / "latents", fresh(), to=format)  # noqa: E731
+            source, settings = folder / "latents", {"to": format}
             theirs = {"write": lambda: lambda: write(folder / "latents", fresh(), format)}
         try:
-            yield harness.Prepared(
-                {"fastlatent": lambda: ours, **theirs}, bytes=2 * size // rows, rivals=tuple(theirs), units=rows
-            )
+            providers = {"fastlatent": lambda: lambda: run(source, fresh(), **settings), **theirs}
+            yield harness.Prepared(providers, bytes=2 * size // rows, rivals=tuple(theirs), units=rows)
         finally:
             torch.set_num_threads(threads_before)
 

@@ -11,9 +11,11 @@ import numpy as np
 from fastlatent.data.packed_files import DamagedArrays
 from fastlatent.store.records import Field
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"),
 }  # fmt: skip
+# Of arrays, which know no bfloat16.
+NAME_OF = {dtype: name for name, dtype in DTYPES.items() if dtype.kind == "f"}
 # What a row's file held besides the latent, as the bytes of a safetensors file: nothing of a cache is lost.
 REST = Field("rest", "U8", (-1,))
 

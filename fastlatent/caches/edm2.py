@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlatent.caches.cache import Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
+from fastlatent.caches.cache import NAME_OF, Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
 from fastlatent.caches.outgoing import Outgoing, put, target
 from fastlatent.data.array_files import DamagedArrays, npy_bytes, read_npy, to_tensor
 from fastlatent.data.packed_files import Member, member_content, zip_members
@@ -36,7 +36,6 @@ PAYLOADS = ("moments",)
 SCALING = (1.0, 0.0)
 DTYPE = "F32"
 ROUNDING = 1e-6  # of logvar, after its way through a float32 std
-NAME_OF = {np.dtype("<f2"): "F16", np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 NAME = re.compile(r"((?:.*/)?)\d{5,}/img-mean-std-\d{8,}\.npy", re.ASCII | re.DOTALL)
 LABELS = "dataset.json"
 MAX_CLASSES = 1 << 20

@@ -12,32 +12,26 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from fastlatent.caches.cache import Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
+from fastlatent.caches.cache import NAME_OF, Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
 from fastlatent.caches.outgoing import Outgoing, put, target
 from fastlatent.data.array_files import DamagedArrays, npy_bytes, read_npy, to_tensor
-from fastlatent.pipeline.ahead import ahead
-from fastlatent.sources.files import THREADS, Files, Found
+from fastlatent.sources.files import Files, Found, read_each
 
 TITLE = "fast-DiT: <name>_features/{i}.npy beside <name>_labels/{i}.npy"
 PAYLOADS = ("latents",)
 SCALING = (0.18215, 0.0)
 DTYPE = "F32"
-NAME_OF = {np.dtype("<f2"): "F16", np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 DEFAULT = "imagenet256_"
 MAX_CLASSES = 1 << 20
 # the folder and its name up to "features"; the name of a file
 FEATURES = re.compile(r"((?:.*/)?(?:[^/]*_)?)features/([^/]+)\.npy", re.DOTALL)
 LABELS = re.compile(r"((?:.*/)?(?:[^/]*_)?)labels/([^/]+)\.npy", re.DOTALL)
 NUMBER = re.compile(r"\d{1,18}", re.ASCII)
-CHUNK = 32
 
 
 def claims(files: Files, found: Sequence[Found]) -> int:
@@ -78,7 +72,7 @@ def open_cache(files: Files, found: Sequence[Found], told: Told) -> Cache:
             paired.append((number, stem))
     paired.sort(key=lambda pair: (pair[0], os.fsencode(pair[1])))
     digits = max(8, len(str(paired[-1][0]))) if paired else 8
-    read = read_many([labels[stem].path for _, stem in paired], files.read)
+    read = read_each([labels[stem].path for _, stem in paired], files.read)
     items, head, most = [], [b""], -1
     for (number, stem), data in zip(paired, read, strict=True):
         one = features[stem]
@@ -140,30 +134,6 @@ def write(outgoing: Outgoing, out: Path) -> Iterator[int]:
             put(features, npy_bytes(values))
         put(labels, npy_bytes(np.array([label], "<i8")))
         yield 1
-
-
-T = TypeVar("T")
-
-
-def read_many(names: Sequence[str], read: Callable[[str], T]) -> Iterator[T | Exception]:
-    """What `read` gives for every name, in order; an OSError or ValueError in place of what failed.
-
-    As `read_each`, but of a million files few wait at once, and a thread takes CHUNK: one by one costs 50 µs each.
-    """
-
-    def some(start: int) -> list[T | Exception]:
-        got: list[T | Exception] = []
-        for name in names[start : start + CHUNK]:
-            try:
-                got.append(read(name))
-            except (OSError, ValueError) as error:
-                got.append(error)
-        return got
-
-    starts = iter(range(0, len(names), CHUNK))
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="caches") as pool:
-        for _, got in ahead(partial(next, starts, None), some, pool=pool, depth=2 * THREADS):
-            yield from got
 
 
 def _first(files: Files, own: Sequence[Found], look: int = 8) -> tuple[tuple[int, ...], str]:

@@ -30,8 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastlatent.caches.cache import REST, Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
-from fastlatent.caches.fast_dit import read_many
+from fastlatent.caches.cache import NAME_OF, REST, Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
 from fastlatent.caches.outgoing import Outgoing, OutRow, put, target
 from fastlatent.data.array_files import (
     DamagedArrays,
@@ -43,13 +42,12 @@ from fastlatent.data.array_files import (
 )
 from fastlatent.data.numpy_files import npy_begin, npy_header
 from fastlatent.data.packed_files import Member, Read, member_content, zip_members
-from fastlatent.sources.files import Files, Found
+from fastlatent.sources.files import Files, Found, read_each
 
 TITLE = "kohya sd-scripts: {stem}_{W}x{H}_{model}.npz or {stem}.npz with latents, original_size, crop_ltrb"
 PAYLOADS = ("latents",)
 SCALING = (1.0, 0.0)
 DTYPE = "F32"
-NAME_OF = {np.dtype("<f2"): "F16", np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 SUFFIX = ".npz"
 TEXTS = ("_te.npz", "_te_outputs.npz")
 MODEL = re.compile(r".*_\d+x\d+_([A-Za-z0-9_-]+)\.npz", re.ASCII | re.DOTALL)
@@ -92,7 +90,7 @@ def claims(files: Files, found: Sequence[Found]) -> int:
 def open_cache(files: Files, found: Sequence[Found], told: Told) -> Cache:
     own = _own(found)
     by_path = {one.path: one for one in own}
-    looks = read_many(list(by_path), lambda path: _look(files, by_path[path]))
+    looks = read_each(by_path, lambda path: _look(files, by_path[path]))
     left_out: dict[str, str] = {}
     rows: list[tuple[Found, Latents]] = []
     for one, look in zip(own, looks, strict=True):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastlatent.caches.cache import Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
+from fastlatent.caches.cache import NAME_OF, Cache, CacheItem, CacheRow, DamagedEntry, Told, check_row
 from fastlatent.caches.outgoing import Outgoing, put, target
 from fastlatent.data.array_files import DamagedArrays, npz_bytes, read_npz, to_tensor
 from fastlatent.sources.files import Files, Found
@@ -24,7 +24,6 @@ PAYLOADS = ("moments",)
 SCALING = (1.0, 0.0)
 SUFFIX = ".npz"
 NAMES = ("moments", "moments_flip")
-NAME_OF = {np.dtype("<f2"): "F16", np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 
 
 def claims(files: Files, found: Sequence[Found]) -> int:

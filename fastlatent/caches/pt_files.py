@@ -13,7 +13,6 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from fastlatent.data.array_files import NAMES, extract_latent, read_pt, to_values
 from fastlatent.data.packed_files import GZIP, STORED, DamagedArrays, member_bytes, reader, zip_members
-from fastlatent.sources.files import THREADS, Files, Found
+from fastlatent.sources.files import Files, Found, read_each
 from fastlatent.sources.trajectories import POSES
 
 SUFFIX = ".pt"
@@ -31,7 +30,6 @@ LOOK = 8  # files that detection looks into, of each kind, until one can be read
 MAX_LOOK = 1 << 30  # bytes of a file that it looks into
 HEAD = 4096  # bytes in which torch.save's pickle of one tensor ends; it has 300
 MAX_KNOWN = 4096  # pickles of 300 bytes; sounds have one each, with their lyrics
-BLOCK = 256  # futures of a thread pool take 2 KB each
 
 
 @dataclass(frozen=True)
@@ -103,21 +101,17 @@ def looks(files: Files, own: Sequence[Found]) -> list[Look | None]:
     """
     seen: dict[bytes, Look] = {}
 
-    def one_look(one: Found) -> Look | None:
-        try:
-            pickle = pickle_of(files.read_range(one.path, 0, HEAD))
-            known = seen.get(pickle)
-            if known is None:
-                known = look(files.read(one.path))
-                if pickle and len(seen) < MAX_KNOWN:
-                    known = seen.setdefault(pickle, known)
-            return known
-        except (DamagedArrays, OSError):
-            return None
+    def one_look(path: str) -> Look:
+        pickle = pickle_of(files.read_range(path, 0, HEAD))
+        known = seen.get(pickle)
+        if known is None:
+            known = look(files.read(path))
+            if pickle and len(seen) < MAX_KNOWN:
+                known = seen.setdefault(pickle, known)
+        return known
 
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="caches") as pool:
-        blocks = (own[start : start + BLOCK] for start in range(0, len(own), BLOCK))
-        return [found for block in blocks for found in pool.map(one_look, block)]
+    found = read_each((one.path for one in own), one_look)
+    return [None if isinstance(one, Exception) else one for one in found]
 
 
 def pickle_of(head: bytes) -> bytes:

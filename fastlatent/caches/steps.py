@@ -56,7 +56,6 @@ METADATA = "_metadata.json"
 STEP = re.compile(r"step_([0-9]{1,9})")
 FOLDER = "latents/"
 HEAD = 1024  # bytes in which a .npy's header ends, also zipped; it has 128
-BLOCK = 256  # futures of a thread pool take 2 KB each
 _NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 
 
@@ -148,7 +147,7 @@ def open_cache(files: Files, found: Sequence[Found], told: Told) -> Cache:
         raise ValueError(f"{files.root}: expected latents of steps, got none that can be read{reasons}")
     config = next((one for one in found if one.path == root + CONFIG), None)
     notes, remarks = notes_of(files, config)
-    endings = {step_of(item.at.path)[1] for item in items}  # type: ignore[index]
+    endings = {step_of(item.at.path)[1] for item in items}  # type: ignore[index]  # by step_of they were found
     if len(endings) == 1:
         notes["suffix"] = endings.pop()
     if len(first.shape) < len(row_shape(first.shape)):
@@ -209,11 +208,8 @@ def look_into_all(files: Files, own: Sequence[Found]) -> dict[str, Look | Except
             looked[one.path] = Look(seen.shape, seen.dtype, seen.rest)
     known: dict[Look, Look] = {}
     others = {one.path: one for one in own if one.path not in looked}
-    paths = list(others)
-    for start in range(0, len(paths), BLOCK):
-        block = paths[start : start + BLOCK]
-        for path, one_look in zip(block, read_each(block, lambda path: look_into(files, others[path])), strict=True):
-            looked[path] = one_look if isinstance(one_look, Exception) else known.setdefault(one_look, one_look)
+    for path, one_look in zip(others, read_each(others, lambda path: look_into(files, others[path])), strict=True):
+        looked[path] = one_look if isinstance(one_look, Exception) else known.setdefault(one_look, one_look)
     return looked
 
 

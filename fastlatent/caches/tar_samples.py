@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastlatent.caches.cache import NAME_OF
 from fastlatent.data.array_files import (
     DamagedArrays,
     extract_latent,
@@ -27,7 +28,7 @@ from fastlatent.data.array_files import (
 from fastlatent.data.numpy_files import npy_begin, npy_header
 from fastlatent.sources.files import MAX_TEXT, Files, Found
 from fastlatent.sources.tar_members import DamagedTar, Member, Window, members
-from fastlatent.sources.tars import MAX_CLASSES
+from fastlatent.sources.tars import class_label
 from fastlatent.store.records import PAYLOADS, check_shape
 
 OURS = "fastlatent/1"  # "format" in the .json of the tars that are written here
@@ -35,7 +36,6 @@ ARRAYS = ("npy", "npz", "pt", "pth", "safetensors")
 PICKLES = ("pickle", "pkl", "pyd")
 FLIP = "_flip"
 LOOK_MEMBERS = 64  # of a tar, by `has_latents`
-NAME_OF = {np.dtype("<f2"): "F16", np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 NPY_HEADER = 256  # bytes that hold nearly every header of a .npy
 PT_HEADER = 2048  # and the pickle of a file of torch.save that holds a tensor
 
@@ -137,7 +137,7 @@ def look(read: Callable[[int, int], bytes], found: Found, gap: int) -> Samples:
             if name in twice:
                 raise ValueError(f"{twice[name]} is in its tar twice")
             place, pickles = _choose(found, own)
-            label = _label(head.get("cls"))
+            label = class_label(head.get("cls"))
         except ValueError as error:
             if any(suffix.rpartition(".")[2] in ARRAYS for suffix in own):
                 tar.left_out[name] = str(error)
@@ -198,15 +198,6 @@ def _choose(tar: Found, own: Mapping[str, tuple[int, int]]) -> tuple[Place, list
 
 def stem_of(suffix: str) -> str:
     return suffix.rpartition(".")[0]
-
-
-def _label(data: bytes | None) -> int:
-    if data is None:
-        return -1
-    text = data[:100].strip()
-    if not text.isdigit() or len(text) > 9 or int(text) >= MAX_CLASSES:
-        raise ValueError(f"its .cls: expected a whole number from 0 to {MAX_CLASSES - 1}, got {text!r:.50}")
-    return int(text)
 
 
 def told_by(data: bytes | None) -> dict[str, Any] | None:

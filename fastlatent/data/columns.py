@@ -29,9 +29,7 @@ def gather_ragged(store: Dataset, name: str, indices: np.ndarray, of: str) -> tu
     """`name` of these samples one after another, [total, ...], and int64 [B+1] where each begins (`of` tells)."""
     parts = []
     for shard, row in zip(store.shard[indices].tolist(), store.row[indices].tolist(), strict=True):
-        columns = store.open_shard(shard).columns
-        begin, end = columns[f"{of}.offsets"][row : row + 2].tolist()
-        parts.append(columns[name][begin:end])
+        parts.append(store.open_shard(shard).row(name, row, of))
     offsets = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=offsets[1:])
     if not parts:

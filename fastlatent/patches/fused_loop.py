@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -20,16 +21,16 @@ PROOF = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.01, torch.bf
 ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 
-class FusedLoop:
+class FusedLoop(ABC):
     """One token's loop, with the model's own time embeddings: its roundings of t and of the sinusoid are kept."""
 
     def __init__(self) -> None:
         self._embedded: WeakKeyDictionary[Schedule, dict[torch.dtype, tuple[DiffusionHead, Tensor]]]
         self._embedded = WeakKeyDictionary()
 
+    @abstractmethod
     def embed(self, t: Tensor) -> Tensor:
         """t [S] in the dtype that the loop gives it → [S, H], by the model's modules."""
-        raise NotImplementedError
 
     def sample(
         self, head: DiffusionHead, schedule: Schedule, condition: Tensor, noise: Tensor, guidance_scale: float

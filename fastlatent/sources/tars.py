@@ -270,7 +270,7 @@ def _add(contents: _Contents, parts: _Parts, captions: str | None, medium: Mediu
             raise ValueError(f"{parts.twice} is in its tar twice")
         if len(wanted) > 1:
             raise ValueError(f"one sample of {len(wanted)} {medium.noun}s: {', '.join(wanted)}")
-        label, caption = _label(parts), _caption(parts, captions)
+        label, caption = class_label(parts.texts.get("cls")), _caption(parts, captions)
     except ValueError as error:
         contents.left_out |= dict.fromkeys(wanted, str(error))
         return
@@ -282,8 +282,8 @@ def _add(contents: _Contents, parts: _Parts, captions: str | None, medium: Mediu
             contents.ignored[os.path.splitext(name)[1].lower()] += 1
 
 
-def _label(parts: _Parts) -> int:
-    data = parts.texts.get("cls")
+def class_label(data: bytes | None) -> int:
+    """What a sample's .cls says, −1 of none. ValueError: it is no number of a class."""
     if data is None:
         return -1
     text = data[:100].strip()

@@ -175,6 +175,14 @@ class Shard:
             raise ValueError(f"{path}: expected a readable shard, got: {error.strerror}{hint}") from None
         return cls(path, mapping, header)
 
+    def row(self, name: str, row: int, of: str = "") -> np.ndarray:
+        """A view of one row of a tensor, [L, ...] where lengths differ; `of`: whose offsets tell, if not its own."""
+        offsets = self.columns.get(f"{of or name}.offsets")
+        if offsets is None:
+            return self.columns[name][row]
+        begin, end = offsets[row : row + 2].tolist()
+        return self.columns[name][begin:end]
+
     def close(self) -> None:
         """Give the mapping back. Views that are still held elsewhere stay valid and keep it until they go."""
         self.columns = {}

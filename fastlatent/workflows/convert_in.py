@@ -306,11 +306,8 @@ class _Import:
 
 def stored_row(dataset: Dataset, i: int) -> np.ndarray:
     """[F, ...] of sample i as its shard holds it, a view."""
-    columns, row = dataset.open_shard(int(dataset.shard[i])).columns, int(dataset.row[i])
-    if not dataset.buckets[dataset.bucket[i]].ragged:
-        return columns[dataset.payload][row]
-    begin, end = columns[f"{dataset.payload}.offsets"][row : row + 2].tolist()
-    return columns[dataset.payload][begin:end][None]
+    row = dataset.open_shard(int(dataset.shard[i])).row(dataset.payload, int(dataset.row[i]))
+    return row[None] if dataset.buckets[dataset.bucket[i]].ragged else row
 
 
 def _print_found(job: _Import, config: ConvertConfig) -> None:

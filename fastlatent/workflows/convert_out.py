@@ -115,23 +115,15 @@ def _outgoing(dataset: Dataset, config: ConvertConfig, format: Any) -> Outgoing:
 def _row(dataset: Dataset, channels: int | None, scaling: Scaling, dtype: str, i: int) -> OutRow:
     """Row i; of moments the means, where `channels` are given."""
     bucket, row = dataset.buckets[dataset.bucket[i]], int(dataset.row[i])
-    columns = dataset.open_shard(int(dataset.shard[i])).columns
-    values, scale = columns[dataset.payload], columns.get(f"{dataset.payload}.scale")
+    shard = dataset.open_shard(int(dataset.shard[i]))
+    values, scale = shard.row(dataset.payload, row), None
+    if bucket.dtype == "I8":
+        scale = shard.row(f"{dataset.payload}.scale", row, dataset.payload)
     if bucket.ragged:
-        begin, end = columns[f"{dataset.payload}.offsets"][row : row + 2].tolist()
-        values, scale = values[begin:end][None], None if scale is None else scale[begin:end][None]
-    else:
-        values, scale = values[row], None if scale is None else scale[row]
+        values, scale = values[None], None if scale is None else scale[None]
     if channels is not None:
         values = values[:, :channels]
         scale = scale[:, :channels] if scale is not None and scale.ndim > 1 else scale
-    extras = {}
-    for one in dataset.extras:
-        if one.ragged:
-            begin, end = columns[f"{one.name}.offsets"][row : row + 2].tolist()
-            extras[one.name] = columns[one.name][begin:end]
-        else:
-            extras[one.name] = columns[one.name][row]
     groups = dataset.groups
     return OutRow(
         key=dataset.key(i),
@@ -141,7 +133,7 @@ def _row(dataset: Dataset, channels: int | None, scaling: Scaling, dtype: str, i
         values=to_scaled(values, bucket.dtype, scale, scaling, dtype),
         orig_hw=tuple(dataset.orig_hw[i].tolist()),
         crop=tuple(dataset.crop[i].tolist()),
-        extras=extras,
+        extras={one.name: shard.row(one.name, row) for one in dataset.extras},
     )
 
 
